@@ -1,0 +1,1615 @@
+"""What the four scripts share: data loading, the built-in streets, VGG features and the FCN scorer.
+
+A dataset is a folder in any common layout, found by the table LAYOUTS below; adding a layout is
+adding a row. Without a folder there are the streets: a procedural set whose true distribution is
+known. Every item is a dict of public names, the same in all files:
+
+    label     (H, W) int64         class per pixel; pixels of unknown class carry the last id
+    instance  (H, W) int64         object per pixel, if the dataset has instances
+    image     (3, H, W) float32    the photo to be made, in [-1, 1]
+    input     (3, H, W) float32    what it is made from, in image-to-image pairs
+    name      str                  the file's stem
+
+What a user can get wrong raises UserError with one line: file or value, what is wrong, the cure.
+
+Contents    1 Class tables   2 Files   3 Dataset   4 Data doctor   5 Streets   6 VGG   7 FCN-8s
+"""
+
+import functools
+import itertools
+import math
+import os
+import re
+import urllib.error
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line, exit code 2, no traceback."""
+
+
+@functools.cache
+def notice(text: str) -> None:
+    """Print what was decided on the user's behalf, once per text."""
+    print(f"note: {text}")
+
+
+# ------------------------------------------------------------------------------- 1 Class tables
+# A row per dataset: names, colours, which classes are things (foreground), how its files count.
+
+def colour_wheel(n: int) -> np.ndarray:
+    """n distinct colours (n, 3) uint8 by the bit pattern of Pascal VOC, for sets that have none."""
+    ids = np.arange(1, n + 1)[:, None, None]                 # from 1: black is for unknown pixels
+    bits = ids >> (3 * np.arange(8)[:, None] + np.arange(3)) & 1                      # (n, 8, 3)
+    return (bits << (7 - np.arange(8)[:, None])).sum(1).astype(np.uint8)                 # (n, 3)
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of one dataset. Ids in items run from 0; `unknown` pixels get id len(names)."""
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...] = ()  # empty: colour_wheel
+    things: frozenset[str] = frozenset()            # foreground classes
+    unknown: int | None = None                      # the value of unknown pixels in the files
+    first: int = 0                                  # the value of class 0 in the files
+    scored: tuple[int, ...] = ()                    # ids that enter FCN-scores; empty: all
+
+    @property
+    def channels(self) -> int:
+        """Number of ids in items: the classes, and one more if pixels can be unknown."""
+        return len(self.names) + (self.unknown is not None)
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(channels, 3) uint8, one colour per id; unknown is black."""
+        colours = np.array(self.colours or colour_wheel(len(self.names)), np.uint8).reshape(-1, 3)
+        black = np.zeros((self.channels - len(self.names), 3), np.uint8)
+        return np.concatenate([colours, black])
+
+
+def rows(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """'sky 70 130 180, road ...' -> names, colours. An underscore stands for a blank."""
+    cells = [row.split() for row in text.replace("\n", " ").split(",")]
+    colours = tuple(tuple(map(int, cell[1:])) for cell in cells)
+    return tuple(cell[0].replace("_", " ") for cell in cells), colours
+
+
+CITYSCAPES = rows("""unlabeled 0 0 0, ego_vehicle 0 0 0, rectification_border 0 0 0,
+    out_of_roi 0 0 0, static 0 0 0, dynamic 111 74 0, ground 81 0 81, road 128 64 128,
+    sidewalk 244 35 232,
+    parking 250 170 160, rail_track 230 150 140, building 70 70 70, wall 102 102 156,
+    fence 190 153 153, guard_rail 180 165 180, bridge 150 100 100, tunnel 150 120 90,
+    pole 153 153 153, polegroup 153 153 153, traffic_light 250 170 30, traffic_sign 220 220 0,
+    vegetation 107 142 35, terrain 152 251 152, sky 70 130 180, person 220 20 60, rider 255 0 0,
+    car 0 0 142, truck 0 0 70, bus 0 60 100, caravan 0 0 90, trailer 0 0 110, train 0 80 100,
+    motorcycle 0 0 230, bicycle 119 11 32, license_plate 0 0 142""")
+CAMVID = rows("""sky 128 128 128, building 128 0 0, pole 192 192 128, road 128 64 128,
+    pavement 60 40 222, tree 128 128 0, sign 192 128 128, fence 64 64 128, car 64 0 128,
+    pedestrian 64 64 0, bicyclist 0 128 192""")
+FACADES = rows("""background 0 0 170, facade 0 0 255, window 0 85 255, door 0 170 255,
+    cornice 0 255 255, sill 85 255 170, balcony 170 255 85, blind 255 255 0, deco 255 170 0,
+    molding 255 85 0, pillar 255 0 0, shop 170 0 0""")
+ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+    sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting,
+    sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp,
+    bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+    skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+    screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
+    machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+    television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle,
+    buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming
+    pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step,
+    tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
+    hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
+    board, shower, radiator, glass, clock, flag"""
+COCO_THINGS = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
+    elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie,
+    suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, spoon, bowl, banana,
+    apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted
+    plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote,
+    keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush, hair brush"""
+COCO_STUFF = """banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard,
+    carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
+    desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile,
+    floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill,
+    house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper,
+    pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road,
+    rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs,
+    stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick,
+    wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other,
+    waterdrops, window-blind, window-other, wood"""
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+TABLES = {
+    "cityscapes": ClassTable(*CITYSCAPES, things=frozenset(CITYSCAPES[0][24:34]), scored=(
+        7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)),
+    "camvid": ClassTable(*CAMVID, things=frozenset({"car", "pedestrian", "bicyclist"}), unknown=11),
+    "facades": ClassTable(*FACADES, things=frozenset(["window", "door", "balcony"]), first=1),
+    "ade20k": ClassTable(names(ADE20K), unknown=0, first=1, things=frozenset(names(
+        "person, car, bus, truck, van, animal, bicycle, minibike, boat, airplane, chair"))),
+    "coco_stuff": ClassTable(names(COCO_THINGS) + names(COCO_STUFF),
+                             things=frozenset(names(COCO_THINGS)), unknown=255),
+}                                                            # and "streets", in section 5
+
+
+def class_table(name: str) -> ClassTable:
+    """A row of TABLES; for a number, as in "--classes 9", so many nameless classes."""
+    if name in TABLES:
+        return TABLES[name]
+    if not name.isdigit() or not 0 < int(name) < 65536:
+        raise UserError(f"--classes {name}: neither a number nor one of {', '.join(TABLES)}")
+    return ClassTable(tuple(f"class {i}" for i in range(int(name))), unknown=255)
+
+
+# -------------------------------------------------------------------------------------- 2 Files
+
+ITEM_KEYS = ("label", "instance", "image", "input")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """How a dataset lies on disk: a glob per role, {} for the split. The first role decides."""
+    name: str
+    roles: dict[str, str]
+    train: tuple[str, ...] = ("train",)
+    test: tuple[str, ...] = ("test", "val")
+    classes: str = ""                                # a row of TABLES; "" counts the files' ids
+
+
+LAYOUTS = [
+    FolderLayout("Cityscapes", {"label": "gtFine/{}/*/*_gtFine_labelIds.png",
+                                "instance": "gtFine/{}/*/*_gtFine_instanceIds.png",
+                                "image": "leftImg8bit/{}/*/*_leftImg8bit.*"},
+                 test=("val",), classes="cityscapes"),   # the labels of its test split are withheld
+    FolderLayout("pix2pixHD Cityscapes", {"label": "{}_label/*_gtFine_labelIds.png",
+                                          "instance": "{}_inst/*_gtFine_instanceIds.png",
+                                          "image": "{}_img/*_leftImg8bit.*"},
+                 classes="cityscapes"),
+    FolderLayout("SPADE COCO-Stuff", {"label": "{}_label/000000*.png",
+                                      "instance": "{}_inst/000000*.png",
+                                      "image": "{}_img/000000*.*"}, classes="coco_stuff"),
+    FolderLayout("pix2pixHD", {"label": "{}_label/*", "instance": "{}_inst/*",
+                               "image": "{}_img/*"}),
+    FolderLayout("pix2pixHD pairs", {"A": "{}_A/*", "B": "{}_B/*"}),
+    FolderLayout("ADE20K", {"label": "annotations/{}/*.png", "image": "images/{}/*"},
+                 train=("training",), test=("validation",), classes="ade20k"),
+    FolderLayout("CamVid", {"label": "{}annot/*.png", "image": "{}/*"}, classes="camvid"),
+    FolderLayout("GTA-5", {"label": "labels/*.png", "image": "images/*"}, classes="cityscapes"),
+    FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
+    FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
+    FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
+    FolderLayout("pix2pix pairs", {"pair": "{}/*"}),
+    FolderLayout("photos", {"image": "{}/*"}),             # only where the task makes its own input
+    FolderLayout("photos", {"image": "*"}),
+]
+
+
+def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
+    """Files by key: what `*` matched, the name without its ending and the layout's suffix."""
+    suffix = re.search(r"\*([^.*]*)", pattern.rsplit("/", 1)[-1]).group(1)
+    found = {}
+    for path in sorted(root.glob(pattern.replace("{}", split))):
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        key = re.sub(rf"({re.escape(suffix)}|_{role})$", "", path.stem)
+        if key in found:
+            raise UserError(f"{path}: same name as {found[key]}; pairs go by name, rename one")
+        found[key] = path
+    return found
+
+
+def detect(root: Path, photos_only: bool) -> FolderLayout:
+    """The first layout of the table whose first role has files."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
+    for layout in LAYOUTS:
+        role, pattern = next(iter(layout.roles.items()))
+        if (photos_only and role == "pair") or (not photos_only and layout.name == "photos"):
+            continue
+        if any(find(root, pattern, split, role) for split in layout.train + layout.test):
+            return layout
+    inside = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
+    looked = [next(iter(layout.roles.values())).replace("{}", "train") for layout in LAYOUTS]
+    if any(Path(name).suffix.lower() in SUFFIXES for name in inside):
+        raise UserError(f"--data {root}: photos only; colorization and inpainting can use them, "
+                        "else labels or pairs are needed")
+    raise UserError(f"--data {root}: no known layout; looked for "
+                    f"{', '.join(dict.fromkeys(looked))}; found "
+                    f"{', '.join(inside[:8]) or 'nothing'}{', ...' * (len(inside) > 8)}")
+
+
+def pair_up(root: Path, layout: FolderLayout, split: str) -> list[dict[str, Path]]:
+    """Partners of one split, matched by key: [{role: path}, ...] sorted by key."""
+    options = layout.train if split == "train" else layout.test
+    has_splits = "{}" in next(iter(layout.roles.values()))
+    for option in options if has_splits else ("",):
+        roles = {role: find(root, pattern, option, role) for role, pattern in layout.roles.items()}
+        first = next(iter(roles))
+        if roles[first]:
+            break
+    keys = sorted(roles[first])
+    if not has_splits:
+        keys = split_keys(root, keys, split)
+    for role, files in roles.items():
+        missing = [key for key in keys if key not in files] if files else []
+        if missing:
+            raise UserError(f"{roles[first][missing[0]]}: no {role} of the same name (missing for "
+                            f"{len(missing)} of {len(keys)}: {', '.join(missing[:4])})")
+        extra = sorted(set(files) - set(roles[first]))
+        if extra:
+            notice(f"{len(extra)} {role} files without a {first} are left out: "
+                   + ", ".join(extra[:4]))
+    return [{role: files[key] for role, files in roles.items() if key in files} for key in keys]
+
+
+def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
+    """Without split folders: train.txt and test.txt if present, else every tenth is held out."""
+    for name in ("train",) if split == "train" else ("test", "val"):
+        if (root / f"{name}.txt").is_file():
+            listed = {Path(line).stem for line in (root / f"{name}.txt").read_text().split()}
+            return [key for key in keys if key in listed]
+    if len(keys) < 2:
+        return keys
+    return [key for i, key in enumerate(keys) if (i % 10 == 1) == (split != "train")]
+
+
+def open_image(path: Path) -> Image.Image:
+    """The file's first frame, upright. Reads the header; the pixels come with the first use."""
+    try:
+        if not path.stat().st_size:
+            raise UserError(f"{path}: an empty file; delete it or download it again")
+        image = Image.open(path)
+        turned = image.format in ("JPEG", "MPO") and image.getexif().get(274, 1) != 1   # by cameras
+        return ImageOps.exif_transpose(image) if turned else image
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file")
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; check its permissions")
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error})")
+    except OSError as error:
+        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
+
+
+def pixels(path: Path, image: Image.Image) -> np.ndarray:
+    try:
+        return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
+
+
+def read_image(path: Path) -> Tensor:
+    """Any photo -> (3, H, W) uint8: grey is repeated, alpha dropped, 16 bits are scaled."""
+    image = open_image(path)
+    if getattr(image, "n_frames", 1) > 1:
+        notice(f"{path}: animated; only the first frame is used")
+    if image.mode in ("I;16", "I;16B", "I", "F"):
+        deep = pixels(path, image).astype(np.float64)
+        low, high = deep.min(), deep.max()
+        notice(f"{path}: {image.mode} pixels, scaled from {low:g}..{high:g} to 0..255")
+        image = Image.fromarray(np.uint8(np.round(255 * (deep - low) / max(high - low, 1e-12))))
+    if image.mode in ("RGBA", "LA", "PA"):
+        notice(f"{path}: transparency is dropped (and so in all such files)")
+    try:
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
+    return torch.from_numpy(pixels(path, image).copy()).permute(2, 0, 1)
+
+
+def read_label(path: Path, table: ClassTable) -> Tensor:
+    """A label map -> (H, W) int64 ids, each checked against the table on the CPU.
+
+    Palette files give their indices, grey files (8 or 16 bit) their values, colour files are
+    matched against the table's palette. Ids never pass through a float or a JPEG.
+    """
+    image = open_image(path)
+    if image.format in ("JPEG", "WEBP") or path.suffix.lower() in (".jpg", ".jpeg"):
+        raise UserError(f"{path}: a lossy label map; JPEG changes ids, export the labels as PNG")
+    raw = pixels(path, image)
+    if raw.ndim == 3:
+        return torch.from_numpy(match_palette(path, raw[..., :3], table))
+    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+        raise UserError(f"{path}: mode {image.mode} is no label map; save grey or palette PNG")
+    raw = raw.astype(np.int64)
+    ids = np.where(raw == table.unknown, len(table.names), raw - table.first)
+    if ids.min() < 0 or ids.max() >= table.channels:
+        bad = raw[(ids < 0) | (ids >= table.channels)]
+        hint = "0 and 255 only: a mask; divide it by 255" if set(np.unique(raw)) == {0, 255} else (
+            f"expected {table.first}..{table.first + len(table.names) - 1}"
+            + (f" or {table.unknown} for unknown" if table.unknown is not None else "")
+            + f"; correct the file or pass --classes {raw.max() + 1}")
+        raise UserError(f"{path}: label id {bad[0]}, {hint}")
+    return torch.from_numpy(ids)
+
+
+def match_palette(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndarray:
+    """(H, W, 3) colours -> (H, W) ids. A colour outside the palette is an error, not a guess."""
+    code = colours.astype(np.int64) @ (65536, 256, 1)
+    known = table.palette.astype(np.int64) @ (65536, 256, 1)
+    values, inverse = np.unique(code, return_inverse=True)
+    strange = values[~np.isin(values, known)]
+    if len(strange):
+        first = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in strange[:5])
+        raise UserError(f"{path}: a colour label map, but {len(strange)} of its colours are not in "
+                        f"the dataset's palette: {first}; export class ids as grey or palette PNG")
+    return np.array([np.flatnonzero(known == v)[0] for v in values])[inverse].reshape(code.shape)
+
+
+def read_instance(path: Path) -> Tensor:
+    """An instance map -> (H, W) int64: grey of 8, 16 or 32 bit, palette, or R + 256 G + 65536 B."""
+    raw = pixels(path, open_image(path)).astype(np.int64)
+    ids = raw[..., :3] @ (1, 256, 65536) if raw.ndim == 3 else raw
+    if ids.min() < 0 or ids.max() >= 2 ** 24:   # beyond, the resizing's float32 would round
+        raise UserError(f"{path}: instance id {ids.max()}, expected 0..16777215; renumber them")
+    return torch.from_numpy(ids)
+
+
+# ------------------------------------------------------------------------------------ 3 Dataset
+
+class Dataset(torch.utils.data.Dataset):
+    """One split of a dataset in any known layout, or of the built-in streets (data="").
+
+    Args:
+        data: the folder; "" for the streets.    split: "train" or "test".
+        size: (H, W) of the items; None keeps each file's own (then only batches of one).
+        jitter: enlarge by 286/256 and crop back at random.    mirror: flip, half the time.
+        classes: a row of TABLES or a number; "" takes the layout's, or counts the ids in the files.
+        direction: which half of a pair is the input, "AtoB" or "BtoA".
+        photos_only: the task makes its own input, so a folder of photos will do.
+        limit: use the first so many examples; 0 is all.
+
+    What is random about item i depends on (seed, epoch, i) alone: not on the number of workers, nor
+    on what was drawn before. So a resumed run sees what the uninterrupted one would have seen.
+    """
+
+    STREETS = {"train": (0, 400), "test": (1_000_000, 50)}       # first index, how many
+
+    def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
+                 jitter: bool = False, mirror: bool = False, classes: str = "",
+                 direction: str = "AtoB", photos_only: bool = False, limit: int = 0, seed: int = 0):
+        self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
+        self.direction, self.cache = direction, {}
+        if data:
+            root = Path(data)
+            self.layout = detect(root, photos_only)
+            self.files = pair_up(root, self.layout, split)
+            if split == "test" and not self.files:
+                notice("no test split: training examples stand in; scores say nothing of new data")
+                self.files = pair_up(root, self.layout, "train")
+            self.classes = classes or self.layout.classes or self.count_classes()
+        else:
+            if size is not None and min(size) < 32:
+                raise UserError(f"--size {size[0]} {size[1]}: the streets need at least 32 x 32")
+            first, n = self.STREETS[split]
+            self.layout = FolderLayout("streets", dict.fromkeys(("label", "instance", "image"), ""))
+            self.files, self.classes = list(range(first, first + n)), classes or "streets"
+        self.files = self.files[:limit] if limit else self.files
+        if not self.files:
+            raise UserError(f"--data {data}: layout {self.layout.name}, but its {split} split is "
+                            "empty")
+        self.table = class_table(self.classes) if self.classes else None
+        self.roles = set(self.layout.roles) if not data else set(self.files[0])
+        self.check_sizes()
+        self.load_size = size and tuple(round(s * 286 / 256) if jitter else s for s in size)
+        flip = [v2.RandomHorizontalFlip(0.5)] if mirror else []
+        crop = [v2.RandomCrop(size)] if jitter and size else []
+        resize = [v2.Resize(self.load_size, v2.InterpolationMode.BICUBIC)] if size else []
+        self.transform = v2.Compose(resize + crop + flip + [v2.ToPureTensor()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def count_classes(self) -> str:
+        """Where the layout does not say: one more than the highest id in the first 200 files."""
+        if "label" not in self.layout.roles:
+            return ""
+        tops = [-1]
+        for files in self.files[:200]:
+            raw = pixels(files["label"], open_image(files["label"]))
+            if raw.ndim == 2 and set(np.unique(raw)) == {0, 255}:
+                raise UserError(f"{files['label']}: 0 and 255 only: a mask; divide it by 255")
+            tops.append(int(raw[raw != 255].max(initial=-1)) if raw.ndim == 2 else 0)
+        notice(f"{max(tops) + 1} classes by the ids in {len(tops) - 1} files (255 is unknown); "
+               "--classes N says otherwise")
+        return str(max(max(tops) + 1, 1))
+
+    def check_sizes(self) -> None:
+        """Partners must agree in size: the first thousand by their headers, all at first touch."""
+        if not self.data:
+            return
+        for files in self.files[:1000]:
+            sizes = {role: open_image(path).size for role, path in files.items()}
+            if len(set(sizes.values())) > 1:
+                raise UserError(f"{next(iter(files.values()))}: sizes differ (width x height): "
+                                + ", ".join(f"{role} {w}x{h}" for role, (w, h) in sizes.items()))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
+        item = self.read(i)
+        ids = ("label", "instance")
+        values = {key: tv_tensors.Mask(item[key][None]) if key in ids
+                  else tv_tensors.Image(item[key]) for key in ITEM_KEYS if key in item}
+        if len({value.shape[-2:] for value in values.values()}) > 1:
+            raise UserError(f"{item['name']}: sizes differ (height, width): " + ", ".join(
+                f"{key} {tuple(value.shape[-2:])}" for key, value in values.items()))
+        # The joint transform draws from torch's generator; seed it for this item, then put it back.
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(hash((self.seed, self.epoch, i)) % 2 ** 63)
+        values = self.transform(values)
+        torch.set_rng_state(state)
+        return {"name": item["name"]} | {
+            key: value[0].long() if key in ids else value.float() / 127.5 - 1
+            for key, value in values.items()}
+
+    def read(self, i: int) -> dict[str, Tensor | str]:
+        """Item i as stored: uint8 photos, int64 ids, no augmentation."""
+        if not self.data:
+            if i not in self.cache:              # drawn once, at the size that is needed
+                drawn = street(0, self.files[i], self.load_size or (256, 512))     # one set: seed 0
+                self.cache[i] = {"label": torch.from_numpy(drawn["label"]),
+                                 "instance": torch.from_numpy(drawn["instance"]),
+                                 "image": torch.from_numpy(drawn["image"]).permute(2, 0, 1),
+                                 "name": f"street_{self.files[i]:07d}"}
+            return self.cache[i]
+        files = self.files[i]
+        item = {"name": next(iter(files.values())).stem}
+        if "pair" in files:                      # one file, two halves
+            both = read_image(files["pair"])
+            half = both.shape[2] // 2
+            if both.shape[2] < 2:
+                raise UserError(f"{files['pair']}: too narrow to hold two images side by side")
+            item |= {"A": both[..., :half], "B": both[..., half:2 * half]}
+        for role in {"A", "B", "image"} & set(files):
+            item[role] = read_image(files[role])
+        if "label" in files:
+            item["label"] = read_label(files["label"], self.table)
+        if "instance" in files:
+            item["instance"] = read_instance(files["instance"])
+        if "A" in item or "B" in item:
+            first, second = ("A", "B") if self.direction == "AtoB" else ("B", "A")
+            item |= {"input": item[first]} | ({"image": item[second]} if second in item else {})
+        return item
+
+
+
+# -------------------------------------------------------------------------------- 4 Data doctor
+
+def colour_label(label: Tensor, table: ClassTable) -> Tensor:
+    """Ids (..., H, W) -> colours (..., 3, H, W) float32 in [-1, 1] by the table's palette."""
+    palette = torch.from_numpy(table.palette).to(label.device).float() / 127.5 - 1
+    return palette[label].movedim(-1, -3)
+
+
+def describe(dataset: Dataset) -> None:
+    """The first lines that a run prints: layout, pairs, sizes, classes seen."""
+    first = dataset.read(0)
+    h, w = next(first[key].shape[-2:] for key in ("label", "input", "image") if key in first)
+    print(f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
+          f"{', '.join(key for key in first if key in ITEM_KEYS)}; the first is {h}x{w}, "
+          f"used at {'its own size' if not dataset.size else '{}x{}'.format(*dataset.size)}")
+    if "label" in first:
+        n = min(len(dataset), 20)
+        seen = sorted({int(k) for i in range(n) for k in dataset.read(i)["label"].unique()})
+        names = [*dataset.table.names, "unknown"]
+        print(f"       {len(seen)} of {len(dataset.table.names)} classes in the first {n}: "
+              + ", ".join(names[k] for k in seen[:12]) + (", ..." if len(seen) > 12 else ""))
+
+
+def examine(dataset: Dataset) -> tuple[list[str], list[str]]:
+    """Read every example of a split as stored -> (report lines, one line per bad file)."""
+    table, bad, sizes = dataset.table, [], {}
+    n = table.channels if table else 1
+    pixels_of, images_with, coloured = np.zeros((3, n), np.int64)
+    colour = np.zeros((n, 3))                               # sums of the photos' colours per class
+    for i in range(len(dataset)):
+        try:
+            item = dataset.read(i)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        shape = tuple(next(item[k] for k in ("label", "input", "image") if k in item).shape[-2:])
+        sizes[shape] = sizes.get(shape, 0) + 1
+        if "label" in item:
+            ids = item["label"].flatten().numpy()
+            count = np.bincount(ids, minlength=n)
+            pixels_of, images_with = pixels_of + count, images_with + (count > 0)
+            if "image" in item:
+                coloured += count
+                for c in range(3):
+                    colour[:, c] += np.bincount(ids, item["image"][c].flatten().double().numpy(),
+                                                minlength=n)
+    lines = ["sizes (height x width): " + ", ".join(
+        f"{h}x{w} ({n})" for (h, w), n in sorted(sizes.items(), key=lambda s: -s[1])[:6])]
+    if pixels_of.any():
+        lines.append(f"{'id':>4} {'class':22} {'pixels':>8} {'images':>7}   average colour")
+        for k, name in enumerate([*table.names, "unknown"][:n]):
+            if pixels_of[k]:
+                mean = colour[k] / coloured[k] if coloured[k] else ()
+                share = 100 * pixels_of[k] / pixels_of.sum()
+                lines.append(f"{k:4} {name[:22]:22} {share:7.2f}% {images_with[k]:7}   "
+                             + ", ".join(f"{c:.0f}" for c in mean))
+        lines.append(f"classes never seen: {np.sum(pixels_of == 0)} of {n}")
+    return lines, bad
+
+
+def check_data(datasets: list[Dataset], out: Path) -> int:
+    """The `check` mode: a report per split and a contact sheet; returns the number of bad files."""
+    out.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for dataset in datasets:
+        lines, bad = examine(dataset)
+        print(f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
+              f"{', '.join(sorted(dataset.roles))}")
+        print("\n".join(f"    {line}" for line in lines + [f"BAD {b}" for b in bad[:20]]))
+        total += len(bad)
+        tiles = []
+        for i in range(len(dataset)):
+            if len(tiles) == 16:
+                break
+            try:
+                item = dataset[i]
+            except UserError:
+                continue
+            source = item.get("input")
+            if "label" in item:
+                source = colour_label(item["label"], dataset.table)
+            pair = [t for t in (source, item.get("image")) if t is not None]
+            tiles += [F.interpolate(t[None], (128, 128 * t.shape[-1] // t.shape[-2]))[0]
+                      for t in (pair * 2)[:2]]
+        if tiles:
+            width = max(t.shape[-1] for t in tiles)
+            tiles = [F.pad(t, (0, width - t.shape[-1]), value=1) for t in tiles]
+            path = out / f"contact_{dataset.split}.png"
+            torchvision.utils.save_image(tiles, path, nrow=4, normalize=True, value_range=(-1, 1))
+            print(f"    contact sheet: {path}")
+    return total
+
+
+# ------------------------------------------------------------------------------------ 5 Streets
+#
+# A street is drawn in two steps, and only the second is random given the layout:
+#
+#   street_scene(seed, index)   where everything stands, in metres          the layout's randomness
+#   paint(scene, size)          label map, instance map, hidden detail      deterministic
+#   draw_style(layout, rng)     time of day, weather, palette, car colours  p(style | layout), known
+#   render(layout, style)       the photo under this style, without grain   deterministic
+#
+# So p(photo | layout) = sum over styles of p(style | layout) N(render(layout, style), GRAIN^2).
+# World coordinates are metres: x to the right of the road's centre line, y up, z ahead of the lens.
+# A point is seen at u = u0 + (x - x_cam) / z and v = v0 + (y_cam - y) / z, in units of the image
+# height, (u0, v0) the vanishing point: a wider image shows more of the same street.
+STREET_CLASSES = [  # name, Cityscapes' colour, whether it comes in instances
+    ("sky", (70, 130, 180), False), ("building", (70, 70, 70), False),
+    ("vegetation", (107, 142, 35), False), ("road", (128, 64, 128), False),
+    ("sidewalk", (244, 35, 232), False), ("terrain", (152, 251, 152), False),
+    ("wall", (102, 102, 156), False), ("pole", (153, 153, 153), False),
+    ("traffic sign", (220, 220, 0), False), ("person", (220, 20, 60), True),
+    ("car", (0, 0, 142), True), ("truck", (0, 0, 70), True)]
+CLASS_ID = {name: k for k, (name, _, _) in enumerate(STREET_CLASSES)}
+
+STREET_GRAIN = 0.02  # sigma of the sensor noise, on [0, 1]
+TIMES = {"day": 0.55, "dusk": 0.25, "night": 0.20}
+WEATHERS = {"clear": 0.62, "overcast": 0.35, "snow": 0.03}  # snow is the rare mode
+PALETTES = {"brick": 0.5, "cream": 0.3, "slate": 0.2}
+CAR_COLORS = {"white": 0.4, "graphite": 0.3, "blue": 0.2, "red": 0.1}
+TRUCK_COLORS = {"white": 0.5, "yellow": 0.3, "blue": 0.2}   # a truck is never red
+COLOR_LAW = {"car": CAR_COLORS, "truck": TRUCK_COLORS}
+
+PAINT_RGB = {"white": (.90, .90, .88), "graphite": (.15, .15, .16), "blue": (.08, .30, .84),
+             "red": (.82, .08, .07), "yellow": (.95, .68, .06)}
+PALETTE_RGB = {  # three shades of facade; roofs; awnings and doors
+    "brick": [(.68, .24, .14), (.60, .21, .13), (.76, .32, .18), (.38, .25, .22), (.74, .20, .13)],
+    "cream": [(.93, .81, .56), (.95, .88, .72), (.90, .74, .50), (.56, .33, .22), (.86, .62, .18)],
+    "slate": [(.31, .46, .63), (.40, .54, .69), (.25, .41, .60), (.19, .25, .34), (.10, .40, .58)]}
+
+# Material: class, albedo, share covered when it snows, light from the sky, light from the sun.
+MATERIALS = {
+    "sky": ("sky", (0, 0, 0), 0, 0, 0), "star": ("sky", (0, 0, 0), 0, 0, 0),
+    "asphalt": ("road", (.36, .36, .38), .55, 1, 1), "mark": ("road", (.90, .89, .84), .2, 1, 1),
+    "kerb": ("sidewalk", (.74, .73, .70), .6, 1, 1),
+    "slab": ("sidewalk", (.66, .61, .55), .85, 1, 1),
+    "grass": ("terrain", (.36, .50, .17), .9, 1, 1),
+    "facade": ("building", (.6, .6, .6), .06, 1, 1),
+    "trim": ("building", (.86, .84, .79), .4, 1, 1),
+    "pane": ("building", (.20, .25, .31), 0, 1, .5),
+    "lit": ("building", (.22, .26, .31), 0, 1, .5),
+    "shop": ("building", (.26, .29, .32), 0, 1, .5), "door": ("building", (.26, .17, .12), 0, 1, 1),
+    "awning": ("building", (.72, .30, .22), .7, 1, 1),
+    "gable": ("building", (.6, .6, .6), .06, .8, .45),
+    "roof": ("building", (.33, .29, .31), .92, 1.15, 1),
+    "far": ("building", (.6, .6, .6), .1, 1, .6),
+    "leaf": ("vegetation", (.27, .43, .13), .62, 1, 1),
+    "trunk": ("vegetation", (.30, .22, .16), .15, .8, .6),
+    "masonry": ("wall", (.62, .56, .50), .35, .95, 1),
+    "steel": ("pole", (.30, .32, .33), .1, 1, .7), "bulb": ("pole", (.85, .84, .80), .3, 1, .7),
+    "white": ("traffic sign", (.93, .93, .93), .1, 1, .8),
+    "red": ("traffic sign", (.80, .08, .09), .1, 1, .8),
+    "signal": ("traffic sign", (.08, .26, .70), .1, 1, .8),
+    "skin": ("person", (.78, .56, .43), 0, 1, .7), "hair": ("person", (.22, .15, .11), .3, 1, .7),
+    "coat": ("person", (.50, .27, .30), .1, 1, .7), "coat2": ("person", (.27, .36, .47), .1, 1, .7),
+    "jeans": ("person", (.17, .20, .30), 0, .9, .6),
+    "body": ("car", (1, 1, 1), .05, 1, .6),
+    "side": ("car", (.85, .85, .85), .05, .9, .5),
+    "top": ("car", (1.08, 1.08, 1.08), .30, 1.15, 1),
+    "glass": ("car", (.10, .13, .16), .1, 1.1, .6),
+    "tyre": ("car", (.07, .07, .08), 0, .8, .4), "rim": ("car", (.55, .56, .58), 0, .9, .6),
+    "bumper": ("car", (.20, .20, .21), .1, .9, .6), "plate": ("car", (.92, .92, .86), 0, 1, .7),
+    "head": ("car", (.88, .90, .90), 0, 1, .8), "tail": ("car", (.70, .06, .05), 0, 1, .8)}
+M = {name: k for k, name in enumerate(MATERIALS)}
+M_CLASS = np.array([CLASS_ID[m[0]] for m in MATERIALS.values()])
+M_RGB = np.array([m[1] for m in MATERIALS.values()], np.float32)
+M_SNOW = np.array([m[2] for m in MATERIALS.values()], np.float32)[:, None]
+M_SKY, M_SUN = (np.array([m[k] for m in MATERIALS.values()], np.float32) for k in (3, 4))
+GLOW = {"lit": (.95, .66, .30), "shop": (.80, .66, .42), "bulb": (1, .86, .55),
+        "head": (1, .97, .85), "tail": (.85, .05, .04)}  # what shines by itself after sunset
+M_GLOW = np.array([GLOW.get(name, (0, 0, 0)) for name in MATERIALS], np.float32)
+
+# Rows of each table: light of the sky, of the sun, of the street lamps; sky at the zenith, sky at
+# the horizon, clouds.
+AIR = {key: np.array(v, np.float32).reshape(6, 3) for key, v in {
+    ("day", "clear"): (.52, .57, .68, .72, .62, .44, 0, 0, 0,
+                       .17, .40, .78, .70, .84, .95, .97, .97, .98),
+    ("day", "overcast"): (.68, .71, .75, .04, .04, .04, 0, 0, 0,
+                          .60, .64, .69, .80, .82, .84, .47, .52, .58),
+    ("day", "snow"): (.80, .83, .88, .06, .06, .06, 0, 0, 0,
+                      .78, .80, .83, .92, .93, .94, .70, .72, .76),
+    ("dusk", "clear"): (.40, .35, .50, .72, .38, .15, .34, .22, .08,
+                        .19, .20, .46, .98, .62, .30, .93, .45, .40),
+    ("dusk", "overcast"): (.40, .37, .43, .03, .02, .02, .46, .35, .22,
+                           .33, .31, .40, .64, .52, .50, .24, .23, .31),
+    ("dusk", "snow"): (.53, .50, .60, .03, .02, .02, .36, .26, .14,
+                       .52, .49, .58, .76, .68, .68, .44, .42, .51),
+    ("night", "clear"): (.15, .19, .33, .02, .03, .06, .84, .68, .46,
+                         .035, .06, .17, .13, .20, .38, .10, .14, .26),
+    ("night", "overcast"): (.21, .18, .17, 0, 0, 0, .90, .75, .56,
+                            .20, .16, .16, .46, .34, .25, .31, .24, .20),
+    ("night", "snow"): (.28, .29, .37, 0, 0, 0, .80, .68, .55,
+                        .32, .31, .37, .54, .48, .48, .42, .39, .43)}.items()}
+LAMPS_ON = {"day": 0.0, "dusk": 0.55, "night": 1.0}
+HAZE = {"clear": 0.36, "overcast": 0.36, "snow": 0.34}
+
+ROW = 64                          # a power of two; code of a sample = object * ROW + material
+ROAD, KERB, WALL = 4.6, 4.8, 8.0  # metres from the centre line: asphalt, kerb, facades
+END = 60.0                        # metres to the skyline that closes the street
+LAMP_GAP = 13.0                   # metres between lamp posts
+SIZES = {"car": (0.9, 1.45, 4.2), "truck": (1.15, 3.1, 6.5)}  # half width, height, length in metres
+
+
+@dataclass(frozen=True)
+class Style:
+    """Everything that the layout leaves open; `colors` follows layout.vehicles."""
+    time: str
+    weather: str
+    palette: str
+    colors: tuple[str, ...]
+
+
+@dataclass
+class Thing:
+    """An upright object whose near side stands on the ground at (x, z) metres.
+
+    `detail` seeds what no label shows (leaves, clothes), so that it moves with the object.
+    """
+    kind: str             # car, truck, person, tree, lamp or sign
+    x: float
+    z: float
+    height: float = 1.5   # metres; ignored for vehicles, see SIZES
+    detail: int = 0
+    away: bool = True     # vehicles: seen from behind
+
+
+@dataclass
+class Building:
+    """A facade along the street (side -1 left, +1 right) from z = near to far; side 0: skyline,
+    across the street from x = near to far. A garden wall where height < 2."""
+    side: int
+    near: float
+    far: float
+    height: float         # metres up to the eaves
+    bay: float = 2.4      # metres between windows
+    shade: int = 0        # which of the palette's three shades
+
+
+@dataclass
+class Scene:
+    """A street in metres, at no particular resolution: move a vehicle by changing its z."""
+    vanishing: tuple[float, float]  # u, v in image heights from the middle of the top edge
+    camera: tuple[float, float]     # x, y in metres
+    sun: int                        # shines from the right (+1) or from the left (-1)
+    sky: float                      # shifts the clouds
+    zebra: float                    # z of a zebra crossing, 0 for none
+    verge: bool                     # grass between kerb and footpath
+    lamps: float                    # z of the first lamp post
+    buildings: list[Building] = field(default_factory=list)
+    things: list[Thing] = field(default_factory=list)
+    vehicles: list[Thing] = field(default_factory=list)
+
+
+@dataclass
+class Layout:
+    """What the scene looks like at one size. Public: label, instance, vehicles.
+
+    The rest is what `render` needs, on a grid twice as fine (h, w) = (2H, 2W) where not said
+    otherwise; averaging 2 x 2 samples smooths the edges of the photo, labels stay hard.
+    """
+    label: np.ndarray     # (H, W) int64, index into STREET_CLASSES
+    instance: np.ndarray  # (H, W) int64, class for stuff, 1000 * class + number for things
+    vehicles: list        # of (instance id, class name)
+    code: np.ndarray      # (h * w,) object * ROW + material
+    light: np.ndarray     # (h * w, 3) share of sky light, sun light and lamp light
+    sky: tuple            # flat indices of sky samples, (n, 4): lowness, two kinds of clouds, stars
+    glow: tuple           # flat indices of shining samples, their strength
+    halo: np.ndarray      # (H, W, 3) blur around lamps and lights
+    haze: np.ndarray      # (H, W, 1) 0 near ... 1 far
+    wet: tuple            # flat indices of ground pixels at (H, W), what they mirror, how strongly
+    flakes: np.ndarray    # (H, W, 1) falling snow
+    shades: np.ndarray    # (objects,) palette shade of a building, -1 for the rest
+    owner: np.ndarray     # (vehicles,) object number
+
+
+# Streets: the scene
+
+def street_scene(seed: int, index: int) -> Scene:
+    """Street number `index` of the endless data set `seed`."""
+    rng = np.random.default_rng([seed, index])
+    draw = lambda low, high: low + (high - low) * rng.random()
+    scene = Scene((draw(-.09, .09), draw(.42, .49)), (draw(.1, 1.1), draw(2.1, 2.5)),
+                  int(rng.choice([-1, 1])), draw(0, 100), draw(11, 15) if rng.random() < .45 else 0,
+                  bool(rng.random() < .45), draw(6, 11))
+    for side in (-1, 1):
+        z = 1.5
+        while z < END:
+            garden = z > 8 and rng.random() < .16
+            far = min(z + (draw(5, 9) if garden else draw(7, 13)), END)
+            height = draw(1.0, 1.4) if garden else draw(6.2, 12.0)
+            scene.buildings.append(Building(side, z, far, height, draw(2.1, 2.9),
+                                            int(rng.integers(3))))
+            if garden:
+                scene.things.append(Thing("tree", side * draw(9.6, 10.5), (z + far) / 2, draw(5, 7),
+                                          int(rng.integers(1 << 30))))
+            z = far
+        for z in np.arange(scene.lamps, 48, LAMP_GAP):
+            scene.things.append(Thing("lamp", side * 5.05, float(z), 6.0))
+            if rng.random() < .52:
+                scene.things.append(Thing("tree", side * 5.3, float(z) + draw(4, 9), draw(5, 7.5),
+                                          int(rng.integers(1 << 30))))
+        if rng.random() < .6:
+            scene.things.append(Thing("sign", side * 4.95, draw(8, 13), 2.9, int(rng.integers(3))))
+        for _ in range(rng.integers(0, 4)):
+            scene.things.append(Thing("person", side * draw(5.9, 7.4), draw(9, 22), draw(1.6, 1.85),
+                                      int(rng.integers(1 << 30))))
+    if scene.zebra and rng.random() < .6:
+        scene.things.append(Thing("person", draw(-4, 4), scene.zebra + 1.2, draw(1.6, 1.85),
+                                  int(rng.integers(1 << 30))))
+    x = -16.0
+    while x < 16:
+        width = draw(4, 8)
+        scene.buildings.append(Building(0, x, x + width, draw(6, 17), 2.6, int(rng.integers(3))))
+        x += width
+    wanted = rng.choice([1, 2, 3], p=[.2, .45, .35])
+    for _ in range(60):  # most places are taken, hidden or too far to the side
+        if len(scene.vehicles) == wanted:
+            break
+        kind = "truck" if rng.random() < .25 else "car"
+        lane = float(rng.choice([1.5, -1.5] if kind == "truck" else [1.5, -1.5, 3.65, -3.65]))
+        thing = Thing(kind, lane, draw(5.4, 11.5) + 3 * (kind == "truck"), away=lane > 0)
+        if vehicles_visible(scene, scene.vehicles + [thing]):
+            scene.vehicles.append(thing)
+    return scene
+
+
+def vehicles_visible(scene: Scene, vehicles: list[Thing]) -> bool:
+    """Is each a fair sight (80 of 64 x 64 pixels) in the square view, and none inside another?
+
+    Boxes painted far to near on a small grid: the answer does not depend on the image's size.
+    """
+    (u0, v0), (x_cam, y_cam) = scene.vanishing, scene.camera
+    grid = np.zeros((64, 64), int)
+    occluders = [t for t in scene.things if t.kind in ("person", "tree") and t.z < 15]
+    for t in sorted(vehicles + occluders, key=lambda t: -t.z):
+        half, height, _ = SIZES.get(t.kind, (.25, 2.0, 0))
+        left, right = (int(64 * (.5 + u0 + (t.x - x_cam + d) / t.z)) for d in (-half, half))
+        top, foot = (int(64 * (v0 + (y_cam - y) / t.z)) for y in (height, 0))
+        number = 1 + vehicles.index(t) if t in vehicles else 0
+        grid[max(top, 0):max(foot, 0), max(left, 0):max(right, 0)] = number
+    apart = all(abs(a.x - b.x) > 1.9 or abs(a.z - b.z) > 7 for a, b in
+                itertools.combinations(vehicles, 2))
+    return apart and min(np.bincount(grid.ravel(), minlength=len(vehicles) + 1)[1:]) >= 80
+
+
+# Streets: shapes, as (material, corners in metres), to be painted in this order
+
+def box(x0: float, x1: float, y0: float, y1: float, z: float) -> list:
+    """A rectangle that faces the camera."""
+    return [(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)]
+
+
+def disc(x: float, y: float, z: float, r: float, sideways: bool = False, n: int = 14) -> list:
+    """A circle that faces the camera or, sideways, the street (a wheel)."""
+    circle = [(r * math.sin(k * math.tau / n), r * math.cos(k * math.tau / n)) for k in range(n)]
+    return [(x, y + q, z + p) if sideways else (x + p, y + q, z) for p, q in circle]
+
+
+def building_shape(b: Building) -> list:
+    """Facade, the gable towards us and a steep roof, of which the street sees a strip."""
+    if b.side == 0:
+        return [("far", box(b.near, b.far, 0, b.height, END))]
+    x, h, out = b.side * WALL, b.height, b.side
+    if h < 2:
+        return [("masonry", [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)])]
+    ridge, top = x + out * .9, h + 1.7
+    return [("gable", [(x, 0, b.near), (x, h, b.near), (ridge, top, b.near),
+                       (x + 8 * out, top, b.near), (x + 9 * out, h, b.near),
+                       (x + 9 * out, 0, b.near)]),
+            ("roof", [(x, h, b.near), (x, h, b.far), (ridge, top, b.far), (ridge, top, b.near)]),
+            ("facade", [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)])]
+
+
+def car_shape(t: Thing, seen: int) -> list:
+    """Body, cabin and wheels of a hatchback; `seen` is the side (-1 or +1) that the camera sees."""
+    foot, roof, end, tail = (.15, .75, 2.7, 3.5) if t.away else (1.0, 1.75, 3.4, 4.05)
+    at = lambda points: [(t.x + .9 * seen * p, y, t.z + z) for p, y, z in points]
+    wide = lambda p, y, z, q, y2, z2: at([(-p, y, z), (p, y, z), (q, y2, z2), (-q, y2, z2)])
+    lamp = "tail" if t.away else "head"
+    front = [] if t.away else [("bumper", wide(.5, .47, 0, .55, .60, 0))]
+    return [
+        ("tyre", at([(.97, .05, .1), (.97, .05, 4.1), (.97, .4, 4.1), (.97, .4, .1)])),
+        ("tyre", wide(.97, 0, .05, .97, .4, .05)), ("bumper", wide(.66, .12, .02, .66, .4, .02)),
+        ("side", at([(1, .22, 0), (1, .22, 4.2), (1, .7, 4.2), (1, .92, tail), (1, .92, foot),
+                     (1, .80, 0)])),
+        ("side", at([(1, .90, foot), (.80, 1.42, roof), (.80, 1.42, end), (1, .90, tail)])),
+        ("glass", at([(.98, .95, foot + .35), (.83, 1.35, roof + .2), (.83, 1.35, end - .2),
+                      (.98, .95, tail - .35)])),
+        ("side", at([(.99, .9, 2.0), (.83, 1.4, 2.0), (.83, 1.4, 2.12), (.99, .9, 2.12)])),
+        *[(m, disc(t.x + .9 * seen, .32, t.z + z, r, True)) for z in (.8, 3.4)
+          for m, r in (("tyre", .33), ("rim", .19))],
+        ("top", wide(.80, 1.42, roof, .80, 1.44, end)),
+        ("body", wide(1, .90, foot, .80, 1.42, roof)),
+        ("glass", wide(.88, .95, foot + .05, .75, 1.37, roof - .05)),
+        ("top", wide(1, .78, 0, .97, .92, foot)),
+        ("body", at([(-.98, .24, 0), (.98, .24, 0), (1, .5, 0), (.97, .82, 0), (-.97, .82, 0),
+                     (-1, .5, 0)])),
+        ("bumper", wide(.97, .24, 0, .99, .36, 0)), *front,
+        ("plate", wide(.27, .39, 0, .27, .5, 0)),
+        *[(lamp, at([(s * .58, .56, 0), (s * .97, .54, 0), (s * .95, .72, 0), (s * .66, .70, 0)]))
+          for s in (-1, 1)]]
+
+
+def truck_shape(t: Thing, seen: int) -> list:
+    """A box van: seen from behind two doors, from the front a cab below the box."""
+    at = lambda points: [(t.x + 1.15 * seen * p, y, t.z + z) for p, y, z in points]
+    flat = lambda p0, p1, y0, y1, z=0: at([(p0, y0, z), (p1, y0, z), (p1, y1, z), (p0, y1, z)])
+    wall = lambda z0, z1, y0, y1: at([(1, y0, z0), (1, y0, z1), (1, y1, z1), (1, y1, z0)])
+    lamp = "tail" if t.away else "head"
+    shape = [("tyre", flat(-.96, .96, 0, .5, .1)), ("bumper", flat(-.5, .5, .2, .5, .1)),
+             ("bumper", wall(0, 6.5, .3, .62)),
+             *[(m, disc(t.x + 1.15 * seen, .45, t.z + z, r, True)) for z in (1.2, 5.2)
+               for m, r in (("tyre", .46), ("rim", .24))]]
+    if t.away:
+        shape += [("side", wall(0, 6.3, .6, 3.1)), ("body", flat(-1, 1, .5, 3.1)),
+                  ("side", flat(-.02, .02, .6, 3.0)), ("bumper", flat(-.94, -.9, .7, 2.9)),
+                  ("bumper", flat(.90, .94, .7, 2.9)), ("bumper", flat(.1, .2, 1.3, 1.5)),
+                  ("side", flat(-1, 1, 2.98, 3.1))]
+    else:
+        shape += [("side", wall(1.8, 6.5, .6, 3.1)), ("body", flat(-1, 1, .6, 3.1, 1.8)),
+                  ("side", wall(0, 1.7, .5, 2.3)), ("glass", wall(.5, 1.3, 1.4, 2.15)),
+                  ("top", at([(-1, 2.3, .2), (1, 2.3, .2), (.95, 2.6, 1.8), (-.95, 2.6, 1.8)])),
+                  ("body", flat(-1, 1, .45, 2.3)), ("glass", flat(-.88, .88, 1.35, 2.12)),
+                  ("bumper", flat(-.6, .6, .8, 1.15))]
+    return shape + [("bumper", flat(-1, 1, .38, .58)), ("plate", flat(-.22, .22, .42, .54)),
+                    *[(lamp, flat(s * .70, s * .94, .66, .86)) for s in (-1, 1)]]
+
+
+def person_shape(t: Thing) -> list:
+    """Walking, arms down; measures are shares of the body's height."""
+    h, stride = t.height, .03 + .05 * (t.detail % 7) / 6
+    at = lambda *points: [(t.x + h * p, h * q, t.z) for p, q in points]
+    coat = ("coat", "coat2")[t.detail % 2]
+    return [("jeans", at((-.075, .5), (.0, .5), (-stride, .0), (-stride - .06, 0))),
+            ("jeans", at((0, .5), (.075, .5), (stride + .06, 0), (stride, 0))),
+            (coat, at((-.10, .80), (-.14, .74), (-.15, .46), (-.11, .45), (-.09, .60), (-.085, .44),
+                      (.085, .44), (.09, .60), (.11, .45), (.15, .46), (.14, .74), (.10, .80),
+                      (.03, .84), (-.03, .84))),
+            ("hair", disc(t.x, h * .935, t.z, h * .063)),
+            ("skin", disc(t.x, h * .915, t.z, h * .052))]
+
+
+def post_shape(t: Thing) -> list:
+    """A street lamp that leans over the road, or a traffic sign."""
+    x, z, h, out = t.x, t.z, t.height, -np.sign(t.x)
+    if t.kind == "lamp":
+        return [("steel", box(x - .08, x + .08, 0, 1.0, z)),
+                ("steel", box(x - .05, x + .05, 1, h, z)),
+                ("steel", [(x, h - .08, z), (x + out * 1.1, h + .1, z), (x + out * 1.1, h + .2, z),
+                           (x, h + .06, z)]),
+                ("bulb", box(x + out * .75, x + out * 1.3, h + .0, h + .15, z))]
+    plate = [[("red", disc(x, h - .4, z, .42)), ("white", disc(x, h - .4, z, .30))],
+             [("white", box(x - .38, x + .38, h - .8, h, z)),
+              ("signal", box(x - .34, x + .34, h - .76, h - .04, z)),
+              ("white", disc(x, h - .4, z, .17, n=3))],
+             [("red", [(x - .48, h - .8, z), (x + .48, h - .8, z), (x, h + .02, z)]),
+              ("white", [(x - .27, h - .68, z), (x + .27, h - .68, z), (x, h - .24, z)])]]
+    return [("steel", box(x - .045, x + .045, 0, h - .4, z)), *plate[t.detail % 3]]
+
+
+@lru_cache(maxsize=None)
+def tree_crown(kind: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lumps of leaves of a tree 1 m tall: outlines (9, 36, 2) and balls (9, 3) as x, y, radius."""
+    rng, turn = np.random.default_rng(kind), np.linspace(0, 2 * np.pi, 36, endpoint=False)
+    k = np.arange(9)  # from the sides and below to the top, which is nearest to the light
+    angle, reach = 2.4 * k + rng.uniform(0, 1, 9), np.where(k < 8, .2, .03)
+    balls = np.stack([reach * np.cos(angle), .70 + reach * (.75 * np.sin(angle) - .25 + .08 * k),
+                      rng.uniform(.14, .19, 9)], 1)
+    rough = rng.uniform(-.16, .16, (9, 36))
+    edge = balls[:, 2:] * (1 + .1 * np.cos(5 * turn + angle[:, None]) + rough)
+    return balls[:, None, :2] + edge[..., None] * np.stack([np.cos(turn), np.sin(turn)], 1), balls
+
+
+def tree_shape(t: Thing) -> tuple[list, np.ndarray]:
+    """A trunk, then the lumps of leaves; and the lumps' balls (9, 3) in metres."""
+    lumps, balls = tree_crown(t.detail % 24)
+    shape = [("trunk", [(t.x - .16, 0, t.z), (t.x + .16, 0, t.z), (t.x + .09, .7 * t.height, t.z),
+                        (t.x - .09, .7 * t.height, t.z)])]
+    keep = slice(None if t.z < 20 else 4, None)  # far away five simple lumps do
+    shape += [("leaf", [(t.x + p, q, t.z) for p, q in (t.height * lump).tolist()])
+              for lump in lumps[keep, ::1 if t.z < 20 else 2]]
+    return shape, balls[keep] * t.height + (t.x, 0, 0)
+
+
+# Streets: from a scene to a layout
+
+@lru_cache(maxsize=None)
+def noise_tile(power: float) -> np.ndarray:
+    """(256, 256) periodic noise with amplitude 1 / frequency^power, mean 0, variance 1."""
+    rng = np.random.default_rng(7)
+    f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256))
+    f[0, 0] = np.inf
+    wave = np.fft.ifft2(np.fft.fft2(rng.normal(size=(256, 256))) / f ** power).real
+    return np.clip(wave / wave.std(), -2.5, 2.5).astype(np.float32)
+
+
+def fraction(a: np.ndarray) -> np.ndarray:
+    """a % 1, which numpy computes twenty times more slowly."""
+    return a - np.floor(a)
+
+
+def grit(x: np.ndarray, y: np.ndarray, power: float) -> np.ndarray:
+    """The texel of the noise tile at (x, y)."""
+    return noise_tile(power).ravel()[(x.astype(np.int32) & 255) + ((y.astype(np.int32) & 255) << 8)]
+
+
+def noise(x: np.ndarray, y: np.ndarray, power: float) -> np.ndarray:
+    """The tile at (x, y), in texels, interpolated linearly: clouds and stains show no texels."""
+    tile, i, j = noise_tile(power).ravel(), np.floor(x), np.floor(y)
+    a, b = (x - i).astype(np.float32), (y - j).astype(np.float32)
+    i, j = i.astype(np.int32) & 255, (j.astype(np.int32) & 255) << 8
+    i1, j1 = (i + 1) & 255, (j + 256) & 65535
+    top, low = tile[i + j], tile[i + j1]
+    top += a * (tile[i1 + j] - top)
+    low += a * (tile[i1 + j1] - low)
+    return top + b * (low - top)
+
+
+def objects(scene: Scene, edge: float) -> tuple[list, list]:
+    """Everything far to near as (table row, shape) and the table's row of each vehicle.
+
+    A row holds x, z, side, near, bay, height, palette shade, class (-1: the material's), number,
+    ball. The street's things stand in front of all facades, so the houses are painted first. Every
+    lump of leaves is a row of its own, lit as a ball. What lies beyond |u| = edge is left out.
+    """
+    painted, owner = [((0, 1e3, 0, 0, 1, 1, -1, -1, 0, 0, 0, 1), [])], {}
+    number = {id(t): k for k, t in enumerate(t for t in scene.things if t.kind == "person")}
+    for kind in SIZES:
+        number.update((id(v), k) for k, v in enumerate(v for v in scene.vehicles if v.kind == kind))
+    things = [t for t in scene.things
+              if abs(scene.vanishing[0] * t.z + t.x - scene.camera[0]) < edge * t.z + 3]
+    behind = [t for t in things if abs(t.x) > WALL]
+    street = [t for t in things if abs(t.x) <= WALL] + scene.vehicles
+    depth = lambda a: -(a.z if isinstance(a, Thing) else a.near if a.side else 1e3)
+    for a in sorted(scene.buildings + behind, key=depth) + sorted(street, key=depth):
+        if isinstance(a, Building):
+            painted.append(((0, END, a.side, a.near, a.bay, a.height, a.shade, -1, 0, 0, 0, 1),
+                            building_shape(a)))
+            continue
+        row = lambda side=0, cls=-1, ball=(0, 0, 1): (a.x, a.z, side, 0, 1, 1, -1, cls,
+                                                      number.get(id(a), 0), *ball)
+        if a.kind == "tree":
+            shape, balls = tree_shape(a)
+            painted += [(row(ball=ball), [lump]) for lump, ball in zip(shape, [(0, 0, 1), *balls])]
+        elif a.kind in SIZES:
+            seen = 1 if scene.camera[0] > a.x else -1  # the side that the camera sees
+            owner[id(a)] = len(painted)
+            painted.append((row(seen, CLASS_ID[a.kind]),
+                            (car_shape if a.kind == "car" else truck_shape)(a, seen)))
+        elif a.kind == "person":
+            painted.append((row(cls=CLASS_ID["person"]), person_shape(a)))
+        else:
+            painted.append((row(), post_shape(a)))
+    return painted, [owner[id(v)] for v in scene.vehicles]
+
+
+def shadows(scene: Scene) -> list:
+    """On the ground, as (whether it is the soft dark under a body or the sun's shadow, corners)."""
+    quads = []
+    for t in scene.things + scene.vehicles:
+        half, height, length = SIZES.get(t.kind, (.25, 2.0, .4))
+        if t.kind in ("lamp", "sign"):
+            continue
+        reach = -scene.sun * .55 * height
+        a, b = t.x - half + min(reach, 0), t.x + half + max(reach, 0)
+        far, near = t.z + length, t.z + .05
+        quads.append((True, [(t.x - half, 0, near), (t.x + half, 0, near), (t.x + half, 0, far),
+                             (t.x - half, 0, far)]))
+        quads.append((False, [(a, 0, near), (b, 0, near), (b, 0, far), (a, 0, far)]))
+        if t.kind == "tree":
+            crown = disc(t.x - scene.sun * .5 * t.height, t.z + 1.5, 0, .25 * t.height)
+            quads.append((False, [(x, 0, max(z, 1)) for x, z, _ in crown]))
+    return quads
+
+
+def rasterise(scene: Scene, size: tuple[int, int], fine: int, painted: list):
+    """Shapes -> code (h, w), sun's shadow and contact shadow (h, w) in [0, 1], halo (H, W, 3)."""
+    (H, W), (u0, v0), (x_cam, y_cam) = size, scene.vanishing, scene.camera
+    scale, middle = H * fine, W * fine / 2
+    canvas, cast, contact = (Image.new(m, (W * fine, H * fine)) for m in ("I", "L", "L"))
+    pen, pen_cast, pen_contact = (ImageDraw.Draw(im) for im in (canvas, cast, contact))
+    halo = Image.new("RGB", (W, H))
+    pen_halo = ImageDraw.Draw(halo)
+    stars = np.random.default_rng(int(1000 * scene.sky)).uniform((-1.5, -.1), (1.5, .4), (70, 2))
+    for x, y in (stars * scale + (middle, 0)).tolist():
+        r = scale * .0016
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=M["star"])
+
+    jobs = [(row * ROW + M[name], name, points) for row, (_, shape) in enumerate(painted)
+            for name, points in shape]
+    dark = shadows(scene)
+    corners = [p for *_, points in jobs + dark for p in points]
+    corners = np.fromiter(itertools.chain.from_iterable(corners), float)
+    x, y, z = corners.reshape(-1, 3).T  # one projection for all: much faster than one by one
+    u, v = middle + scale * (u0 + (x - x_cam) / z), scale * (v0 + (y_cam - y) / z)
+    flat, at = (np.stack([u, v], 1) - .5).ravel().tolist(), 0
+    for fill, name, points in jobs:
+        here, at = flat[at:at + 2 * len(points)], at + 2 * len(points)
+        pen.polygon(here, fill)
+        if name in ("bulb", "head", "tail"):
+            u, v = np.mean(here[::2]) / fine, np.mean(here[1::2]) / fine
+            r = H * max(.16 / points[0][2], .008)
+            pen_halo.ellipse((u - r, v - r, u + r, v + r), tuple(int(255 * c) for c in GLOW[name]))
+    for soft, points in dark:
+        here, at = flat[at:at + 2 * len(points)], at + 2 * len(points)
+        (pen_contact if soft else pen_cast).polygon(here, 255)
+    contact = contact.filter(ImageFilter.BoxBlur(scale * .006))
+    near = np.asarray(halo.filter(ImageFilter.BoxBlur(H * .014)), np.float32)
+    wide = halo.resize((W // 2, H // 2), Image.Resampling.BOX)
+    wide = wide.filter(ImageFilter.GaussianBlur(H * .022))
+    halo = near * .9 + 1.3 * np.asarray(wide.resize((W, H), Image.Resampling.BILINEAR), np.float32)
+    cast, contact = (np.asarray(im, np.float32).ravel() / 255 for im in (cast, contact))
+    return np.array(canvas), cast, contact, halo / 255
+
+
+def ground(scene: Scene, x, z, pixel) -> tuple[np.ndarray, np.ndarray]:
+    """Material and brightness of the ground at (x, z) metres; `pixel` its width in metres."""
+    side, rough = np.abs(x), np.minimum(1, 6 / z)
+    edges = np.array([ROAD, KERB, 5.75 if scene.verge else KERB, WALL], np.float32)
+    kinds = np.array([M[k] for k in ("asphalt", "kerb", "grass", "slab", "grass")])
+    material = kinds[np.searchsorted(edges, side)]
+    road, grass = material == M["asphalt"], material == M["grass"]
+    thin = np.maximum(.07, .45 * pixel)  # at least a sample wide: far marks do not break up
+    mark = (side < thin) & (fraction(z / 5) < .52) | (np.abs(side - 2.65) < thin * .7)
+    if scene.zebra:
+        mark &= np.abs(z - scene.zebra - 1) > 2.5
+        mark |= (np.abs(z - scene.zebra - 1) < 1.4) & (fraction(x / 1.1) < .55)
+    material[mark & road] = M["mark"]
+    fine, coarse = grit(x * 150 + 4000, z * 100, .3), noise(x * 7 + 40, z * 2.2, 1.3)
+    tone = 1 + np.where(grass, .11, .055).astype(np.float32) * (rough * fine + coarse)
+    joint = (fraction(side / .9) < .055) | (fraction(z / 1.2) < .05)
+    tone[joint & (material == M["slab"]) & (pixel < .12)] -= .16
+    return material, tone
+
+
+def facades(s, y, near, bay, height, pixel) -> tuple[np.ndarray, np.ndarray]:
+    """Material and brightness of facades at s metres along the street and y up."""
+    base, away = 3.3, np.clip(.16 / pixel, 0, 1)  # texture finer than a sample fades
+    storey = (height - base - .5) / np.maximum(1, np.round((height - base - .5) / 2.8))
+    column, row = (s - near) / bay, (y - base) / storey
+    fx, fy = np.abs(fraction(column) - .5) * bay, fraction(row) * storey
+    i, j = np.floor(column).astype(np.int32), np.floor(row).astype(np.int32)
+    dice = (i * 7919) ^ (j * 104729) ^ ((near * 1000).astype(np.int32) * 31)
+    dice = ((dice ^ (dice >> 7)) * 40503 >> 8) & 255  # the same window at every size
+    tone = 1 + .05 * noise(s * 14, y * 9, 1.2)
+    tone *= .93 + .07 * np.clip(y / 5, 0, 1)
+    material = np.full(s.shape, M["facade"])
+    half, sill, low = bay * .22, storey * .26, j < 0
+    upper = ~low & (y < height - .5)
+    rim = upper & (fx < half + .14) & (fy > sill - .16) & (fy < sill + 1.68)
+    material[rim | (y > height - .38) | (np.abs(y - base + .12) < .13)] = M["trim"]
+    hole = rim & (fx < half) & (fy > sill) & (fy < sill + 1.55)
+    cross = ((fx < .035) | (np.abs(fy - sill - 1.05) < .035)) & (pixel < .06)
+    hole &= ~cross
+    material[hole] = np.where(dice[hole] < 120, M["lit"], M["pane"])
+    tone[hole] *= .82 + .024 * (dice[hole] & 15)
+    door = (dice & 3) == 0
+    glass, awning = low & ~door & (y < 2.95), low & ~door & (y > 2.45) & (y < 2.95)
+    material[glass & (fx < bay * .38) & (y > .75)] = M["shop"]
+    material[low & door & (fx < .62) & (y < 2.3)] = M["door"]
+    material[awning] = M["awning"]
+    tone[awning] *= np.where(fraction(s[awning] * 2.5) < .5, 1.25, .75)
+    tone -= np.float32(.07) * away * ((fraction(y * 4) < .25) & (material == M["facade"]))  # bricks
+    return material, tone
+
+
+class Samples:
+    """One entry per sample of the fine grid: where it is, what it is and how it is lit."""
+
+    def __init__(self, scene: Scene, code: np.ndarray, table: np.ndarray):
+        (h, w), (u0, v0) = code.shape, scene.vanishing
+        self.scene, self.h, self.table = scene, h, table
+        self.u = np.tile(((np.arange(w) + .5 - w / 2) / h - u0).astype(np.float32), h)
+        self.v = np.repeat(((np.arange(h) + .5) / h - v0).astype(np.float32), w)
+        self.object, self.material = code.ravel() >> 6, (code.ravel() & 63).astype(np.uint8)
+        self.z = table[1][self.object]
+        self.tone = np.ones(h * w, np.float32)
+        self.sun, self.sky = M_SUN[self.material], M_SKY[self.material]
+
+    def where(self, *names) -> np.ndarray:
+        """Flat indices of the samples of these materials."""
+        found = [self.material == M[name] for name in names]
+        return np.flatnonzero(functools.reduce(np.logical_or, found))
+
+    def lay_ground(self, cast, contact) -> None:
+        """Road and footpath, with the shadow that the houses on the sun's side throw."""
+        scene, (x_cam, y_cam) = self.scene, self.scene.camera
+        g = self.ground = np.flatnonzero((self.object == 0) & (self.v > .9 * y_cam / END))
+        z = self.z[g] = y_cam / self.v[g]
+        x = x_cam + self.u[g] * z
+        self.material[g], self.tone[g] = ground(scene, x, z, z / self.h)
+        row = sorted((b for b in scene.buildings if b.side == scene.sun), key=lambda b: b.near)
+        edges, roofs = (np.array(a, np.float32) for a in ([b.near for b in row],
+                                                          [b.height for b in row]))
+        which = np.searchsorted(edges, z - 1.2 - .25 * (WALL - scene.sun * x)) - 1
+        reach = WALL - .42 * (roofs[np.maximum(which, 0)] + 1)
+        self.sun[g] = np.clip((reach - scene.sun * x) * 8 + .5, 0, 1) * (1 - cast[g])
+        open_sky = np.clip(1.27 - .05 * np.abs(x), .8, 1)  # the houses hide much of it from near
+        self.sky[g] = (1 - .72 * contact[g]) * open_sky
+
+    def lay_facades(self) -> None:
+        """One plane per side of the street, and the skyline."""
+        _, _, side, near, bay, height, *_ = self.table
+        scene, f = self.scene, self.where("facade", "masonry", "roof")
+        o, u = self.object[f], self.u[f]
+        z = (side[o] * WALL - scene.camera[0]) / np.where(u == 0, 1e-6, u)
+        z = self.z[f] = np.clip(z, 1, END).astype(np.float32)
+        y = scene.camera[1] - self.v[f] * z
+        plain = self.material[f] != M["facade"]
+        kind, tone = facades(z, y, near[o], bay[o], height[o], z * z / (self.h * 6))
+        self.material[f] = np.where(plain, self.material[f], kind)
+        tone[plain] = 1 + .10 * grit(z[plain] * 30, y[plain] * 60 + 4000, .4)
+        self.tone[f], shaded = tone, side[o] == scene.sun
+        self.sun[f] = M_SUN[self.material[f]] * ~shaded
+        self.sky[f] = M_SKY[self.material[f]] * (.82 + .18 * np.clip(y / 6, 0, 1))
+        self.sky[f] *= np.where(shaded, .92, 1)
+        f = self.where("gable")  # faces the camera
+        self.z[f] = near[self.object[f]]
+        f = self.where("far")
+        x, y = self.u[f] * END, scene.camera[1] - self.v[f] * END
+        self.tone[f] = 1 - .22 * ((fraction(x / 2.4) < .45) & (fraction(y / 3.2) < .5) & (y > 2))
+
+    def lay_leaves(self) -> None:
+        """Every lump a ball, lit from above and from the sun's side."""
+        f = self.where("leaf")
+        o, (x_cam, y_cam), (bx, by, br) = self.object[f], self.scene.camera, self.table[-3:]
+        a = (x_cam + self.u[f] * self.z[f] - bx[o]) / br[o]
+        b = (y_cam - self.v[f] * self.z[f] - by[o]) / br[o]
+        leaf = grit(a * 18 + 31 * (o & 7) + 512, b * 18 + 512, .5)
+        self.tone[f] = .92 + .28 * b + .17 * leaf
+        self.sun[f] = np.clip(.55 + .45 * b + .45 * self.scene.sun * a + .25 * leaf, 0, 1.3)
+
+    def lamplight(self, contact) -> np.ndarray:
+        """Lamps on both sides every LAMP_GAP metres: one folded distance serves them all."""
+        scene, g = self.scene, self.ground
+        x, y = scene.camera[0] + self.u * self.z, scene.camera[1] - self.v * self.z
+        dz = self.z - scene.lamps
+        dz -= LAMP_GAP * np.round(dz / LAMP_GAP)
+        lamp = 1.3 / (1 + ((np.abs(x) - 4) ** 2 + .5 * (y - 5.5) ** 2 + .8 * dz * dz) / 26)
+        beam = np.exp(-(self.u[g] * self.z[g] / 1.8) ** 2 - ((self.z[g] - 8) / 3.5) ** 2)
+        lamp[g] = lamp[g] * (1 - .6 * contact[g]) + .35 * beam
+        car = np.flatnonzero((self.table[7] >= CLASS_ID["car"])[self.object])
+        lamp[car] = .95  # the camera's own headlights
+        self.tone[car] *= .90 + .14 * np.clip(y[car] / 1.5, 0, 1)
+        side = self.where("side")  # of a vehicle: turns to the sun or away from it
+        self.sun[side] = np.where(self.table[2][self.object[side]] == scene.sun, .9, .15)
+        return lamp
+
+    def heaven(self) -> tuple:
+        """Sky samples: gradient, clouds on a clear and on a grey day (in perspective), stars."""
+        s, drift = self.where("sky", "star"), self.scene.sky
+        up = np.clip(-self.v[s] / self.scene.vanishing[1], 0, 1)
+        p = 1 / (.25 - self.v[s])
+        cloud = noise(self.u[s] * p * 13 + drift * 9, p * 26 + drift, 1.6)
+        cloud += .3 * noise(self.u[s] * p * 45, p * 80, 1.1)
+        clear = np.clip(.55 * cloud + .12, 0, 1) * np.clip(up * 3, 0, 1)
+        grey = np.clip(.5 + .30 * cloud, 0, 1)
+        star = self.material[s] == M["star"]
+        return s, np.stack([1 - up, clear, grey, star], 1).astype(np.float32)
+
+
+def paint(scene: Scene, size: tuple[int, int]) -> Layout:
+    """Label map, instance map and hidden detail of a scene; size = (H, W), square or wider."""
+    H, W = size
+    fine = 2 if H * W <= 1 << 20 else 1
+    painted, owner = objects(scene, W / (2 * H))
+    code, cast, contact, halo = rasterise(scene, size, fine, painted)
+    table = np.array([row for row, _ in painted], np.float32).T
+    s = Samples(scene, code, table)
+    s.lay_ground(cast, contact)
+    s.lay_facades()
+    s.lay_leaves()
+    light = np.empty((code.size, 3), np.float32)
+    light[:, 2] = s.lamplight(contact)
+    light[:, 0], light[:, 1] = s.sky, s.sun
+    light *= s.tone[:, None]
+    shine = s.where(*GLOW)
+    strength = np.where(M_CLASS[s.material[shine]] == CLASS_ID["building"], s.tone[shine], 1)
+
+    centre = np.arange(code.size).reshape(code.shape)[fine // 2::fine, fine // 2::fine]
+    o, shade, cls, number = s.object[centre], *table[6:9].astype(np.int64)
+    label = np.where(cls[o] >= 0, cls[o], M_CLASS[s.material[centre]])
+    thing = np.array([c[2] for c in STREET_CLASSES])[label]
+    instance = np.where(thing, 1000 * label + number[o], label)
+    vehicles = [(int(1000 * cls[k] + number[k]), STREET_CLASSES[cls[k]][0]) for k in owner]
+    haze = 1 - np.exp(-s.z[centre] / 45)
+    haze[label == CLASS_ID["sky"]] = 0
+    code = s.object.astype(np.intp) * ROW + s.material
+    return Layout(label, instance, vehicles, code, light, s.heaven(), (shine, strength[:, None]),
+                  halo, haze[:, :, None], mirror(scene, label), snowfall(size), shade,
+                  np.array(owner))
+
+
+def mirror(scene: Scene, label: np.ndarray) -> tuple:
+    """Wet ground: flat indices of its pixels, the pixels that they mirror, and how strongly."""
+    H, W = label.shape
+    flat = np.flatnonzero((label == CLASS_ID["road"]) | (label == CLASS_ID["sidewalk"]))
+    row, column = np.array(divmod(flat, W), np.float32)
+    down = ((row + .5) / H - scene.vanishing[1]).astype(np.float32)
+    z = scene.camera[1] / np.maximum(down, .02)
+    x = scene.camera[0] + ((column + .5 - W / 2) / H - scene.vanishing[0]) * z
+    puddle = np.clip(.40 + .45 * noise(x * 9 + 10, z * 5, 1.5), .15, 1) * np.exp(-2.2 * down)
+    target = ((scene.vanishing[1] - .8 * down + .006 * noise(x * 40, z * 20, .9)) * H).astype(int)
+    return flat, np.clip(target, 0, H - 1) * W + flat % W, puddle[:, None]
+
+
+@lru_cache(maxsize=8)
+def snowfall(size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 1) soft flakes, the same places at every size."""
+    H, W = size
+    flakes = Image.new("L", (W * 2, H * 2))
+    pen, rng = ImageDraw.Draw(flakes), np.random.default_rng(3)
+    for x, y, r in rng.uniform((-1.5, 0, .001), (1.5, 1, .0045), (500, 3)) * 2 * H + (W, 0, 0):
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    return np.asarray(flakes.reduce(2), np.float32)[:, :, None] / 255
+
+
+# Streets: the law, and the photo under one style
+
+def modes(layout: Layout) -> list[tuple[Style, float]]:
+    """Every style with P(time) P(weather) P(palette) prod_o P(color_o | class_o)."""
+    factors = [TIMES, WEATHERS, PALETTES] + [COLOR_LAW[name] for _, name in layout.vehicles]
+    return [(Style(*(key for key, _ in pick[:3]), tuple(key for key, _ in pick[3:])),
+             float(np.prod([p for _, p in pick])))
+            for pick in itertools.product(*(f.items() for f in factors))]
+
+
+def draw_style(layout: Layout, rng: np.random.Generator) -> Style:
+    """One style from p(style | layout)."""
+    pick = lambda law: str(rng.choice(list(law), p=list(law.values())))
+    return Style(pick(TIMES), pick(WEATHERS), pick(PALETTES),
+                 tuple(pick(COLOR_LAW[name]) for _, name in layout.vehicles))
+
+
+def render(layout: Layout, style: Style) -> np.ndarray:
+    """The photo under this style, without grain -> (H, W, 3) float32 in [0.04, 0.96]."""
+    H, W = layout.label.shape
+    air, on = AIR[style.time, style.weather], np.float32(LAMPS_ON[style.time])
+    zenith, horizon, cloud_color = air[3:]
+    albedo = np.zeros((len(layout.shades), ROW, 3), np.float32)
+    albedo[:, :len(M_RGB)] = M_RGB
+    shades = np.array(PALETTE_RGB[style.palette], np.float32)
+    for name, gain in (("facade", 1), ("gable", .80), ("far", .95)):
+        albedo[:, M[name]] = gain * shades[layout.shades]  # the others have none of it to show
+    albedo[:, M["roof"]], albedo[:, M["awning"]], albedo[:, M["door"]] = shades[[3, 4, 4]]
+    albedo[:, M["door"]] *= .45
+    albedo[:, M["trim"]] += .4 * (shades[1] - albedo[:, M["trim"]])
+    for k, color in zip(layout.owner, style.colors):
+        for name in ("body", "side", "top"):
+            albedo[k, M[name]] = M_RGB[M[name]] * PAINT_RGB[color]
+    albedo[:, [M["pane"], M["glass"]]] += .22 * horizon          # panes mirror the sky
+    if style.weather == "snow":
+        albedo[:, :len(M_RGB)] += M_SNOW * (.93 - albedo[:, :len(M_RGB)])
+    flat = layout.code
+    image = np.take(albedo.reshape(-1, 3), flat, 0)
+    image *= layout.light @ air[:3]
+    if on:
+        shine, strength = layout.glow
+        image[shine] += on * strength * M_GLOW[flat[shine] % ROW]
+    where, (low, clear, grey, star) = layout.sky[0], layout.sky[1].T[:, :, None]
+    cloud = (.85 * clear if style.weather == "clear" else .6 * grey)
+    sky = zenith + low * (horizon - zenith)
+    sky += cloud * (cloud_color - sky)
+    image[where] = sky + .8 * star * (style.time == "night" and style.weather == "clear")
+    if len(flat) > H * W:
+        image = image.reshape(H, 2, W * 6)
+        image = (image[:, 0] + image[:, 1]).reshape(H, W, 2, 3)
+        image = .25 * (image[:, :, 0] + image[:, :, 1])
+    image = image.reshape(H, W, 3)
+    image += HAZE[style.weather] * layout.haze * (.9 * horizon - image)
+    if style.weather == "overcast":  # rain has wetted the ground
+        ground, source, puddle = layout.wet
+        pixels = image.reshape(-1, 3)
+        pixels[ground] += (.34 + .3 * on) * puddle * (
+            np.minimum(pixels[source], .6) - pixels[ground])  # .6: no lamp as a spot on the road
+    image += on * layout.halo
+    if style.weather == "snow":
+        image += .75 * layout.flakes * (np.clip(horizon * 1.3, 0, 1) - image)
+    return .04 + .92 * np.clip(image, 0, 1)
+
+
+def street(seed: int, index: int, size: tuple[int, int]) -> dict:
+    """Label (H, W) and instance (H, W) int64, image (H, W, 3) uint8 of one street."""
+    layout = paint(street_scene(seed, index), size)
+    image = render(layout, draw_style(layout, np.random.default_rng([seed, index, 1])))
+    grain = np.random.default_rng([seed, index, 2]).standard_normal(image.shape, np.float32)
+    image = np.clip(image + STREET_GRAIN * grain, 0, 1)
+    return {"label": layout.label, "instance": layout.instance,
+            "image": np.round(image * 255).astype(np.uint8)}
+
+
+TABLES["streets"] = ClassTable(*zip(*[(name, colour) for name, colour, _ in STREET_CLASSES]),
+                               frozenset(name for name, _, thing in STREET_CLASSES if thing))
+
+
+# ---------------------------------------------------------------------------------------- 6 VGG
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # RGB, on [0, 1]
+BLOCKS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}              # convolutions before each pooling
+
+
+def vgg_trunk(depth: int, width: int = 64, last: str = "pool5", average_pool: bool = False):
+    """Simonyan & Zisserman's convolutional part, layers named conv1_1, relu1_1, ..., pool5."""
+    layers, c_in = nn.Sequential(), 3
+    for block, n in enumerate(BLOCKS[depth], 1):
+        c_out = width * min(2 ** (block - 1), 8)
+        for i in range(1, n + 1):
+            layers.add_module(f"conv{block}_{i}", nn.Conv2d(c_in, c_out, 3, padding=1))
+            layers.add_module(f"relu{block}_{i}", nn.ReLU())
+            c_in = c_out
+        layers.add_module(f"pool{block}", nn.AvgPool2d(2) if average_pool else nn.MaxPool2d(2))
+    return layers[: [name for name, _ in layers.named_children()].index(last) + 1]
+
+
+def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
+    """Fill a trunk: "imagenet" (torchvision's download), "random" (seeded), or a file.
+
+    A file is a state dict of torchvision's VGG, or an FCN8s as kept by fcn_scorer, whose trained
+    trunk can stand in where ImageNet's weights are not to be had. Shapes are checked.
+    """
+    ways = f"use --vgg FILE (torchvision's VGG-{depth}, or a trained FCN-8s) or --vgg random"
+    if weights == "random":                     # He's initialisation: the scale survives 16 layers
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(0)  # the same features in every run
+        for module in trunk:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+        torch.set_rng_state(state)
+        return
+    if weights == "imagenet":
+        source = getattr(torchvision.models, f"VGG{depth}_Weights").IMAGENET1K_V1
+        try:
+            stored = source.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError, urllib.error.URLError) as error:
+            raise UserError(f"--vgg imagenet: {source.url} cannot be had ({error}); {ways}")
+    else:
+        stored = load_file(Path(weights), ways)
+        stored = stored.get("scorer", stored)
+    files = [v for k, v in stored.items() if k.startswith(("features.", "trunk."))]
+    own = list(trunk.parameters())
+    shapes = [tuple(p.shape) for p in own]
+    if [tuple(v.shape) for v in files[:len(own)]] != shapes:
+        raise UserError(f"--vgg {weights}: does not hold the weights of VGG-{depth}; {ways}")
+    with torch.no_grad():
+        for parameter, value in zip(own, files):
+            parameter.copy_(value)
+
+
+def load_file(path: Path, cure: str) -> dict:
+    """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {cure}")
+    except Exception as error:                  # pickle, zip and eof errors share no narrower class
+        raise UserError(f"{path}: damaged, or not plain weights ({type(error).__name__}); {cure}")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds a {type(stored).__name__}, not a dict of weights; {cure}")
+    return stored
+
+
+class VGGFeatures(nn.Module):
+    """Frozen VGG features by layer name. image (B, 3, H, W) in [-1, 1] -> {name: (B, C, h, w)}.
+
+    "conv1_2" is the activation after its ReLU, as "relu1_2" is: in the original Caffe network the
+    ReLU overwrites the convolution, and the papers read that. The gradient reaches the image, never
+    the weights.
+
+    Released code: pix2pixHD, SPADE and Lab2Pix feed [-1, 1] as it is, as normalise=False does. CRN
+    pools by average (average_pool=True), the others by maximum.
+    """
+
+    def __init__(self, layers: tuple[str, ...], depth: int = 19, weights: str = "imagenet",
+                 normalise: bool = True, average_pool: bool = False):
+        super().__init__()
+        self.wanted = {name.replace("conv", "relu"): name for name in layers}
+        order = [name for name, _ in vgg_trunk(depth).named_children()]
+        self.trunk = vgg_trunk(depth, 64, max(self.wanted, key=order.index), average_pool)
+        vgg_weights(self.trunk, depth, weights)
+        self.requires_grad_(False)
+        self.normalise = normalise
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        x = ((image + 1) / 2 - self.mean) / self.std if self.normalise else image
+        features = {}
+        for name, layer in self.trunk.named_children():
+            x = layer(x)
+            if name in self.wanted:
+                features[self.wanted[name]] = x
+        return features
+
+
+# -------------------------------------------------------------------------------------- 7 FCN-8s
+
+class FCN8s(nn.Module):
+    """FCN-8s on VGG-16 (Long et al. 2015): the judge of the pix2pix paper's FCN-score.
+
+    image (B, 3, H, W) in [-1, 1] -> logits (B, classes, H, W). Predictions are made at stride 32
+    and refined twice, with what pool4 (stride 16) and pool3 (stride 8) know. `width` 64 is VGG-16;
+    smaller ones are for small studies without ImageNet weights.
+    Long et al. pad the image by 100 and crop; here fc6 pads by 3, and sizes agree without cropping.
+    """
+
+    def __init__(self, classes: int, width: int = 64):
+        super().__init__()
+        self.trunk = vgg_trunk(16, width)
+        self.fc = nn.Sequential(
+            nn.Conv2d(8 * width, 64 * width, 7, padding=3), nn.ReLU(), nn.Dropout2d(),
+            nn.Conv2d(64 * width, 64 * width, 1), nn.ReLU(), nn.Dropout2d())
+        self.score = nn.ModuleDict({"fc": nn.Conv2d(64 * width, classes, 1),
+                                    "pool4": nn.Conv2d(8 * width, classes, 1),
+                                    "pool3": nn.Conv2d(4 * width, classes, 1)})
+        for conv in self.score.values():        # start from "nothing known", as Long et al. do
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1)
+                     for v in (IMAGENET_MEAN, IMAGENET_STD))
+        x, pools = ((image + 1) / 2 - mean) / std, {}
+        for name, layer in self.trunk.named_children():
+            x = layer(x) if x.shape[-1] > 1 and x.shape[-2] > 1 or "pool" not in name else x
+            pools[name] = x
+        scores = self.score["fc"](self.fc(x))                                 # stride 32
+        for name in ("pool4", "pool3"):                                       # strides 16, 8
+            skip = self.score[name](pools[name])
+            scores = skip + F.interpolate(scores, skip.shape[-2:], mode="bilinear")
+        return F.interpolate(scores, image.shape[-2:], mode="bilinear")
+
+
+def scored_target(label: Tensor, table: ClassTable) -> Tensor:
+    """Ids -> ids, with 255 where the class is unknown or not scored (Cityscapes: 19 of 35 are)."""
+    keep = torch.full((table.channels + 1,), 255, device=label.device)
+    for k in table.scored or range(len(table.names)):
+        keep[k] = k
+    return keep[label]
+
+
+def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str = "imagenet",
+               width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 1e-4) -> FCN8s:
+    """The scorer for a dataset: read from `cache`, else trained on its real photos and kept there.
+
+    pix2pix (Sec. 4.1) uses one trained on Cityscapes. Scores by another compare with each other and
+    with its ground-truth row, not with the paper's numbers.
+    """
+    made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
+            "width": width, "steps": steps, "vgg": weights}
+    net = FCN8s(len(train.table.names), width).to(device)
+    if cache.is_file():
+        stored = load_file(cache, "delete it; it will be trained again")
+        if stored.get("made") == made:
+            net.load_state_dict(stored["scorer"])
+            return net.eval()
+        notice(f"{cache}: another scorer ({stored.get('made')}); training a new one")
+    if width != 64 and weights != "random":
+        raise UserError(f"--scorer-width {width}: ImageNet's VGG-16 has width 64; use --vgg random")
+    rng_state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    net = FCN8s(len(train.table.names), width)
+    vgg_weights(net.trunk, 16, weights)
+    net.to(device).train()
+    optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+    bar = tqdm(total=steps, desc="FCN-8s on real photos", unit="step")
+    step = 0
+    while step < steps:
+        train.epoch = step                      # new crops in every pass
+        for batch in torch.utils.data.DataLoader(train, batch_size, shuffle=True):
+            logits = net(batch["image"].to(device))
+            target = scored_target(batch["label"].to(device), train.table)
+            loss = F.cross_entropy(logits, target, ignore_index=255)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if step == steps:
+                break
+    bar.close()
+    torch.set_rng_state(rng_state)
+    save_file({"made": made, "scorer": net.state_dict()}, cache)
+    return net.eval()
+
+
+def save_file(content: dict, path: Path) -> None:
+    """Write beside, flush, rename: at any moment `path` is the old file or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
+
+
+def confusion_matrix(predicted: Tensor, label: Tensor, table: ClassTable) -> Tensor:
+    """(n, n) int64 counts, row: truth, column: prediction; unknown and unscored pixels left out."""
+    n, truth = len(table.names), scored_target(label, table)
+    keep = truth != 255
+    predicted = predicted[keep].clamp(max=n - 1)
+    return torch.bincount(truth[keep] * n + predicted, minlength=n * n).view(n, n)
+
+
+def segmentation_scores(confusion: Tensor) -> dict[str, float]:
+    """Per-pixel accuracy, per-class accuracy and class IOU, means over the classes that occur.
+
+    Released code: classes that never occur in the truth enter the means as 0.
+    """
+    hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    seen = truth > 0
+    return {"per-pixel acc": (hits.sum() / truth.sum()).item(),
+            "per-class acc": (hits / truth)[seen].mean().item(),
+            "class IOU": (hits / (truth + predicted - hits))[seen].mean().item()}
