@@ -19,8 +19,8 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import re
-import urllib.error
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -156,7 +156,7 @@ def class_table(name: str) -> ClassTable:
     """A row of TABLES; for a number, as in "--classes 9", so many nameless classes."""
     if name in TABLES:
         return TABLES[name]
-    if not name.isdigit() or not 0 < int(name) < 65536:
+    if not name.isdecimal() or not 0 < int(name) < 65536:
         raise UserError(f"--classes {name}: neither a number nor one of {', '.join(TABLES)}")
     return ClassTable(tuple(f"class {i}" for i in range(int(name))), unknown=255)
 
@@ -186,9 +186,9 @@ LAYOUTS = [
                                           "instance": "{}_inst/*_gtFine_instanceIds.png",
                                           "image": "{}_img/*_leftImg8bit.*"},
                  classes="cityscapes"),
-    FolderLayout("SPADE COCO-Stuff", {"label": "{}_label/000000*.png",
-                                      "instance": "{}_inst/000000*.png",
-                                      "image": "{}_img/000000*.*"}, classes="coco_stuff"),
+    FolderLayout("SPADE COCO-Stuff", {"label": "{}_label/000000??????.png",
+                                      "instance": "{}_inst/000000??????.png",
+                                      "image": "{}_img/000000??????.*"}, classes="coco_stuff"),
     FolderLayout("pix2pixHD", {"label": "{}_label/*", "instance": "{}_inst/*",
                                "image": "{}_img/*"}),
     FolderLayout("pix2pixHD pairs", {"A": "{}_A/*", "B": "{}_B/*"}),
@@ -207,11 +207,12 @@ LAYOUTS = [
 
 def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
     """Files by key: what `*` matched, the name without its ending and the layout's suffix."""
-    suffix = re.search(r"\*([^.*]*)", pattern.rsplit("/", 1)[-1]).group(1)
+    stem, _, ending = pattern.partition(".")
+    suffix, endings = re.split(r"[*?]", stem)[-1], {f".{ending}"} if ending.isalpha() else SUFFIXES
     found = {}
-    for path in sorted(root.glob(pattern.replace("{}", split))):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
-            continue
+    for path in sorted(root.glob(stem.replace("{}", split) + ".*")):
+        if path.suffix.lower() not in endings or path.name.startswith(".") or not path.is_file():
+            continue                             # macOS leaves "._name.png" beside name.png
         key = re.sub(rf"({re.escape(suffix)}|_{role})$", "", path.stem)
         if key in found:
             raise UserError(f"{path}: same name as {found[key]}; pairs go by name, rename one")
@@ -239,8 +240,8 @@ def detect(root: Path, photos_only: bool) -> FolderLayout:
                     f"{', '.join(inside[:8]) or 'nothing'}{', ...' * (len(inside) > 8)}")
 
 
-def pair_up(root: Path, layout: FolderLayout, split: str) -> list[dict[str, Path]]:
-    """Partners of one split, matched by key: [{role: path}, ...] sorted by key."""
+def pair_up(root: Path, layout: FolderLayout, split: str) -> dict[str, dict[str, Path]]:
+    """Partners of one split, matched by key: {key: {role: path}}, sorted."""
     options = layout.train if split == "train" else layout.test
     has_splits = "{}" in next(iter(layout.roles.values()))
     for option in options if has_splits else ("",):
@@ -260,41 +261,48 @@ def pair_up(root: Path, layout: FolderLayout, split: str) -> list[dict[str, Path
         if extra:
             notice(f"{len(extra)} {role} files without a {first} are left out: "
                    + ", ".join(extra[:4]))
-    return [{role: files[key] for role, files in roles.items() if key in files} for key in keys]
+    return {key: {role: files[key] for role, files in roles.items() if key in files}
+            for key in keys}
 
 
 def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
-    """Without split folders: train.txt and test.txt if present, else every tenth is held out."""
-    for name in ("train",) if split == "train" else ("test", "val"):
+    """Without split folders: train.txt or test.txt if present, else every tenth is held out."""
+    listed = {}
+    for name in ("val", "test", "train"):           # test.txt goes before val.txt
         if (root / f"{name}.txt").is_file():
-            listed = {Path(line).stem for line in (root / f"{name}.txt").read_text().split()}
-            return [key for key in keys if key in listed]
-    if len(keys) < 2:
-        return keys
+            lines = (root / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            stems = {Path(line.strip()).stem for line in lines}
+            listed["train" if name == "train" else "test"] = stems
+    if split in listed:
+        return [key for key in keys if key in listed[split]]
+    if listed:                                      # one list alone: the other split is the rest
+        return [key for key in keys if key not in next(iter(listed.values()))]
+    if len(keys) == 1:
+        return keys if split == "train" else []
     return [key for i, key in enumerate(keys) if (i % 10 == 1) == (split != "train")]
 
 
 def open_image(path: Path) -> Image.Image:
-    """The file's first frame, upright. Reads the header; the pixels come with the first use."""
+    """The file's header; `pixels` reads the rest and turns it upright."""
     try:
         if not path.stat().st_size:
             raise UserError(f"{path}: an empty file; delete it or download it again")
-        image = Image.open(path)
-        turned = image.format in ("JPEG", "MPO") and image.getexif().get(274, 1) != 1   # by cameras
-        return ImageOps.exif_transpose(image) if turned else image
+        return Image.open(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
     except PermissionError:
         raise UserError(f"{path}: may not be read; check its permissions")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})")
     except OSError as error:
         raise UserError(f"{path}: damaged ({error}); delete it or download it again")
 
 
-def pixels(path: Path, image: Image.Image) -> np.ndarray:
+def pixels(path: Path, image: Image.Image, mode: str = "") -> np.ndarray:
+    """The first frame, upright as the camera held it, converted to `mode` if given."""
     try:
-        return np.asarray(image)
+        image = ImageOps.exif_transpose(image)
+        return np.asarray(image.convert(mode) if mode else image)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it or download it again")
 
@@ -302,20 +310,17 @@ def pixels(path: Path, image: Image.Image) -> np.ndarray:
 def read_image(path: Path) -> Tensor:
     """Any photo -> (3, H, W) uint8: grey is repeated, alpha dropped, 16 bits are scaled."""
     image = open_image(path)
-    if getattr(image, "n_frames", 1) > 1:
-        notice(f"{path}: animated; only the first frame is used")
     if image.mode in ("I;16", "I;16B", "I", "F"):
         deep = pixels(path, image).astype(np.float64)
         low, high = deep.min(), deep.max()
         notice(f"{path}: {image.mode} pixels, scaled from {low:g}..{high:g} to 0..255")
         image = Image.fromarray(np.uint8(np.round(255 * (deep - low) / max(high - low, 1e-12))))
     if image.mode in ("RGBA", "LA", "PA"):
-        notice(f"{path}: transparency is dropped (and so in all such files)")
-    try:
-        image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
-    return torch.from_numpy(pixels(path, image).copy()).permute(2, 0, 1)
+        notice("transparency is dropped, in all files that have it")
+    rgb = pixels(path, image, "RGB")
+    if getattr(image, "is_animated", False):
+        notice(f"{path}: animated; only the first frame is used")
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
 def read_label(path: Path, table: ClassTable) -> Tensor:
@@ -328,14 +333,15 @@ def read_label(path: Path, table: ClassTable) -> Tensor:
     if image.format in ("JPEG", "WEBP") or path.suffix.lower() in (".jpg", ".jpeg"):
         raise UserError(f"{path}: a lossy label map; JPEG changes ids, export the labels as PNG")
     raw = pixels(path, image)
-    if raw.ndim == 3:
+    if image.mode in ("RGB", "RGBA"):
         return torch.from_numpy(match_palette(path, raw[..., :3], table))
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
         raise UserError(f"{path}: mode {image.mode} is no label map; save grey or palette PNG")
     raw = raw.astype(np.int64)
     ids = np.where(raw == table.unknown, len(table.names), raw - table.first)
-    if ids.min() < 0 or ids.max() >= table.channels:
-        bad = raw[(ids < 0) | (ids >= table.channels)]
+    known = (raw == table.unknown) | (raw >= table.first) & (raw < table.first + len(table.names))
+    if not known.all():
+        bad = raw[~known]
         hint = "0 and 255 only: a mask; divide it by 255" if set(np.unique(raw)) == {0, 255} else (
             f"expected {table.first}..{table.first + len(table.names) - 1}"
             + (f" or {table.unknown} for unknown" if table.unknown is not None else "")
@@ -359,10 +365,16 @@ def match_palette(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndar
 
 def read_instance(path: Path) -> Tensor:
     """An instance map -> (H, W) int64: grey of 8, 16 or 32 bit, palette, or R + 256 G + 65536 B."""
-    raw = pixels(path, open_image(path)).astype(np.int64)
+    image = open_image(path)
+    if image.format in ("JPEG", "WEBP"):
+        raise UserError(f"{path}: a lossy instance map; JPEG changes ids, export them as PNG")
+    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "RGB", "RGBA"):
+        raise UserError(f"{path}: mode {image.mode} is no instance map; save grey or colour PNG")
+    raw = pixels(path, image).astype(np.int64)
     ids = raw[..., :3] @ (1, 256, 65536) if raw.ndim == 3 else raw
     if ids.min() < 0 or ids.max() >= 2 ** 24:   # beyond, the resizing's float32 would round
-        raise UserError(f"{path}: instance id {ids.max()}, expected 0..16777215; renumber them")
+        bad = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(f"{path}: instance id {bad}, expected 0..16777215; renumber them")
     return torch.from_numpy(ids)
 
 
@@ -394,29 +406,33 @@ class Dataset(torch.utils.data.Dataset):
         if data:
             root = Path(data)
             self.layout = detect(root, photos_only)
-            self.files = pair_up(root, self.layout, split)
-            if split == "test" and not self.files:
+            pairs = pair_up(root, self.layout, split)
+            if split == "test" and not pairs:
                 notice("no test split: training examples stand in; scores say nothing of new data")
-                self.files = pair_up(root, self.layout, "train")
+                pairs = pair_up(root, self.layout, "train")
+            self.names = list(pairs)[:limit or None]
+            if not pairs:
+                raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
+                                f"its {split} split")
+            self.files = [pairs[name] for name in self.names]
             self.classes = classes or self.layout.classes or self.count_classes()
         else:
             if size is not None and min(size) < 32:
                 raise UserError(f"--size {size[0]} {size[1]}: the streets need at least 32 x 32")
+            if class_table(classes or "streets") is not TABLES["streets"]:
+                raise UserError(f"--classes {classes}: the streets have classes of their own")
             first, n = self.STREETS[split]
             self.layout = FolderLayout("streets", dict.fromkeys(("label", "instance", "image"), ""))
-            self.files, self.classes = list(range(first, first + n)), classes or "streets"
-        self.files = self.files[:limit] if limit else self.files
-        if not self.files:
-            raise UserError(f"--data {data}: layout {self.layout.name}, but its {split} split is "
-                            "empty")
+            self.files, self.classes = list(range(first, first + n))[:limit or None], "streets"
+            self.names = [f"street_{index:07d}" for index in self.files]
         self.table = class_table(self.classes) if self.classes else None
         self.roles = set(self.layout.roles) if not data else set(self.files[0])
-        self.check_sizes()
+        if self.direction == "BtoA" and "A" in self.roles and "B" not in self.roles:
+            raise UserError(f"--direction BtoA: {data} has no B in its {split} split")
         self.load_size = size and tuple(round(s * 286 / 256) if jitter else s for s in size)
         flip = [v2.RandomHorizontalFlip(0.5)] if mirror else []
         crop = [v2.RandomCrop(size)] if jitter and size else []
-        resize = [v2.Resize(self.load_size, v2.InterpolationMode.BICUBIC)] if size else []
-        self.transform = v2.Compose(resize + crop + flip + [v2.ToPureTensor()])
+        self.transform = v2.Compose(crop + flip + [v2.ToPureTensor()])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -425,13 +441,14 @@ class Dataset(torch.utils.data.Dataset):
         """Where the layout does not say: one more than the highest id in the first 200 files."""
         if "label" not in self.layout.roles:
             return ""
-        tops = [-1]
+        tops, masks, n = [], 0, len(self.files[:200])
         for files in self.files[:200]:
-            raw = pixels(files["label"], open_image(files["label"]))
-            if raw.ndim == 2 and set(np.unique(raw)) == {0, 255}:
-                raise UserError(f"{files['label']}: 0 and 255 only: a mask; divide it by 255")
+            raw = pixels(files["label"], open_image(files["label"])).astype(np.int64)
+            masks += set(np.unique(raw)) == {0, 255}
             tops.append(int(raw[raw != 255].max(initial=-1)) if raw.ndim == 2 else 0)
-        notice(f"{max(tops) + 1} classes by the ids in {len(tops) - 1} files (255 is unknown); "
+        if masks == n:
+            raise UserError(f"{self.files[0]['label']}: 0 and 255 only: a mask; divide it by 255")
+        notice(f"{max(tops) + 1} classes by the ids in {n} files (255 is unknown); "
                "--classes N says otherwise")
         return str(max(max(tops) + 1, 1))
 
@@ -441,18 +458,23 @@ class Dataset(torch.utils.data.Dataset):
             return
         for files in self.files[:1000]:
             sizes = {role: open_image(path).size for role, path in files.items()}
+            if len(set(sizes.values())) > 1:     # headers do not know of EXIF's turning
+                sizes = {role: pixels(path, open_image(path)).shape[1::-1]
+                         for role, path in files.items()}
             if len(set(sizes.values())) > 1:
                 raise UserError(f"{next(iter(files.values()))}: sizes differ (width x height): "
                                 + ", ".join(f"{role} {w}x{h}" for role, (w, h) in sizes.items()))
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
-        item = self.read(i)
+        item, values = self.read(i), {}
         ids = ("label", "instance")
-        values = {key: tv_tensors.Mask(item[key][None]) if key in ids
-                  else tv_tensors.Image(item[key]) for key in ITEM_KEYS if key in item}
-        if len({value.shape[-2:] for value in values.values()}) > 1:
-            raise UserError(f"{item['name']}: sizes differ (height, width): " + ", ".join(
-                f"{key} {tuple(value.shape[-2:])}" for key, value in values.items()))
+        for key in item.keys() & set(ITEM_KEYS):
+            value = item[key][None] if key in ids else item[key]
+            if self.size:                        # exact: at pixel centres, as in the photos
+                value = v2.functional.resize(
+                    value, self.load_size, v2.InterpolationMode.NEAREST_EXACT if key in ids
+                    else v2.InterpolationMode.BICUBIC, antialias=True)
+            values[key] = tv_tensors.Mask(value) if key in ids else tv_tensors.Image(value)
         # The joint transform draws from torch's generator; seed it for this item, then put it back.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(hash((self.seed, self.epoch, i)) % 2 ** 63)
@@ -465,21 +487,21 @@ class Dataset(torch.utils.data.Dataset):
     def read(self, i: int) -> dict[str, Tensor | str]:
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
         if not self.data:
-            if i not in self.cache:              # drawn once, at the size that is needed
-                drawn = street(0, self.files[i], self.load_size or (256, 512))     # one set: seed 0
-                self.cache[i] = {"label": torch.from_numpy(drawn["label"]),
-                                 "instance": torch.from_numpy(drawn["instance"]),
-                                 "image": torch.from_numpy(drawn["image"]).permute(2, 0, 1),
-                                 "name": f"street_{self.files[i]:07d}"}
-            return self.cache[i]
+            if i not in self.cache:              # drawn once, at the size needed, and kept small
+                drawn = street(0, self.files[i], self.load_size or (256, 512))
+                self.cache[i] = (drawn["label"].astype(np.uint8),
+                                 drawn["instance"].astype(np.int32), drawn["image"])
+            label, instance, image = map(torch.from_numpy, self.cache[i])
+            return {"label": label.long(), "instance": instance.long(), "name": self.names[i],
+                    "image": image.permute(2, 0, 1).clone()}
         files = self.files[i]
-        item = {"name": next(iter(files.values())).stem}
+        item = {"name": self.names[i]}
         if "pair" in files:                      # one file, two halves
             both = read_image(files["pair"])
-            half = both.shape[2] // 2
-            if both.shape[2] < 2:
-                raise UserError(f"{files['pair']}: too narrow to hold two images side by side")
-            item |= {"A": both[..., :half], "B": both[..., half:2 * half]}
+            if both.shape[2] % 2:
+                raise UserError(f"{files['pair']}: {both.shape[2]} pixels wide: not two images "
+                                "side by side; photos alone need --task colorization or inpainting")
+            item["A"], item["B"] = both.chunk(2, 2)
         for role in {"A", "B", "image"} & set(files):
             item[role] = read_image(files[role])
         if "label" in files:
@@ -489,6 +511,10 @@ class Dataset(torch.utils.data.Dataset):
         if "A" in item or "B" in item:
             first, second = ("A", "B") if self.direction == "AtoB" else ("B", "A")
             item |= {"input": item[first]} | ({"image": item[second]} if second in item else {})
+        sizes = {key: tuple(item[key].shape[-2:]) for key in ITEM_KEYS if key in item}
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
+                            + ", ".join(f"{key} {size}" for key, size in sizes.items()))
         return item
 
 
@@ -503,16 +529,21 @@ def colour_label(label: Tensor, table: ClassTable) -> Tensor:
 
 def describe(dataset: Dataset) -> None:
     """The first lines that a run prints: layout, pairs, sizes, classes seen."""
+    dataset.check_sizes()
     first = dataset.read(0)
     h, w = next(first[key].shape[-2:] for key in ("label", "input", "image") if key in first)
+    way = f" ({dataset.direction})" if "input" in first else ""
     print(f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
-          f"{', '.join(key for key in first if key in ITEM_KEYS)}; the first is {h}x{w}, "
+          f"{', '.join(key for key in first if key in ITEM_KEYS)}{way}; the first is {h}x{w}, "
           f"used at {'its own size' if not dataset.size else '{}x{}'.format(*dataset.size)}")
     if "label" in first:
         n = min(len(dataset), 20)
         seen = sorted({int(k) for i in range(n) for k in dataset.read(i)["label"].unique()})
         names = [*dataset.table.names, "unknown"]
-        print(f"       {len(seen)} of {len(dataset.table.names)} classes in the first {n}: "
+        known = [k for k in seen if k < len(dataset.table.names)]
+        if known == [0] and len(seen) > 1:
+            print("       only class 0 and unknown: if these are masks of 0 and 255, divide by 255")
+        print(f"       {len(known)} of {len(dataset.table.names)} classes in the first {n}: "
               + ", ".join(names[k] for k in seen[:12]) + (", ..." if len(seen) > 12 else ""))
 
 
@@ -575,7 +606,7 @@ def check_data(datasets: list[Dataset], out: Path) -> int:
             if "label" in item:
                 source = colour_label(item["label"], dataset.table)
             pair = [t for t in (source, item.get("image")) if t is not None]
-            tiles += [F.interpolate(t[None], (128, 128 * t.shape[-1] // t.shape[-2]))[0]
+            tiles += [F.interpolate(t[None], (128, max(1, 128 * t.shape[-1] // t.shape[-2])))[0]
                       for t in (pair * 2)[:2]]
         if tiles:
             width = max(t.shape[-1] for t in tiles)
@@ -1427,15 +1458,18 @@ def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
         source = getattr(torchvision.models, f"VGG{depth}_Weights").IMAGENET1K_V1
         try:
             stored = source.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError, urllib.error.URLError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"--vgg imagenet: {source.url} cannot be had ({error}); {ways}")
     else:
         stored = load_file(Path(weights), ways)
         stored = stored.get("scorer", stored)
+    if not isinstance(stored, dict):
+        stored = {}
     files = [v for k, v in stored.items() if k.startswith(("features.", "trunk."))]
     own = list(trunk.parameters())
     shapes = [tuple(p.shape) for p in own]
-    if [tuple(v.shape) for v in files[:len(own)]] != shapes:
+    if len(files) != 2 * sum(BLOCKS[depth]) or shapes != [
+            tuple(getattr(v, "shape", ())) for v in files[:len(own)]]:
         raise UserError(f"--vgg {weights}: does not hold the weights of VGG-{depth}; {ways}")
     with torch.no_grad():
         for parameter, value in zip(own, files):
@@ -1469,9 +1503,12 @@ class VGGFeatures(nn.Module):
     def __init__(self, layers: tuple[str, ...], depth: int = 19, weights: str = "imagenet",
                  normalise: bool = True, average_pool: bool = False):
         super().__init__()
-        self.wanted = {name.replace("conv", "relu"): name for name in layers}
-        order = [name for name, _ in vgg_trunk(depth).named_children()]
-        self.trunk = vgg_trunk(depth, 64, max(self.wanted, key=order.index), average_pool)
+        self.wanted = {name: name.replace("conv", "relu") for name in layers}
+        with torch.device("meta"):               # no memory, no random numbers: filled below
+            order = [name for name, _ in vgg_trunk(depth).named_children()]
+            last = max(self.wanted.values(), key=order.index)
+            self.trunk = vgg_trunk(depth, 64, last, average_pool)
+        self.trunk.to_empty(device="cpu")
         vgg_weights(self.trunk, depth, weights)
         self.requires_grad_(False)
         self.normalise = normalise
@@ -1483,9 +1520,9 @@ class VGGFeatures(nn.Module):
         features = {}
         for name, layer in self.trunk.named_children():
             x = layer(x)
-            if name in self.wanted:
-                features[self.wanted[name]] = x
-        return features
+            if name in self.wanted.values():
+                features[name] = x
+        return {name: features[layer] for name, layer in self.wanted.items()}
 
 
 # -------------------------------------------------------------------------------------- 7 FCN-8s
@@ -1534,6 +1571,7 @@ def scored_target(label: Tensor, table: ClassTable) -> Tensor:
     return keep[label]
 
 
+@torch.enable_grad()                            # evaluation runs without; this trains
 def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str = "imagenet",
                width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 1e-4) -> FCN8s:
     """The scorer for a dataset: read from `cache`, else trained on its real photos and kept there.
@@ -1543,22 +1581,23 @@ def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str =
     """
     made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
             "width": width, "steps": steps, "vgg": weights}
+    rng_state, epoch = torch.get_rng_state(), train.epoch
     net = FCN8s(len(train.table.names), width).to(device)
+    torch.set_rng_state(rng_state)
     if cache.is_file():
         stored = load_file(cache, "delete it; it will be trained again")
         if stored.get("made") == made:
             net.load_state_dict(stored["scorer"])
             return net.eval()
         notice(f"{cache}: another scorer ({stored.get('made')}); training a new one")
-    if width != 64 and weights != "random":
+    if width != 64 and weights == "imagenet":
         raise UserError(f"--scorer-width {width}: ImageNet's VGG-16 has width 64; use --vgg random")
-    rng_state = torch.get_rng_state()
     torch.default_generator.manual_seed(0)
     net = FCN8s(len(train.table.names), width)
     vgg_weights(net.trunk, 16, weights)
     net.to(device).train()
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    bar = tqdm(total=steps, desc="FCN-8s on real photos", unit="step")
+    bar = tqdm(total=steps, desc="FCN-8s on real photos", unit="step", disable=None)
     step = 0
     while step < steps:
         train.epoch = step                      # new crops in every pass
@@ -1576,22 +1615,24 @@ def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str =
                 break
     bar.close()
     torch.set_rng_state(rng_state)
+    train.epoch = epoch
     save_file({"made": made, "scorer": net.state_dict()}, cache)
     return net.eval()
 
 
 def save_file(content: dict, path: Path) -> None:
     """Write beside, flush, rename: at any moment `path` is the old file or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
 
 
@@ -1599,8 +1640,7 @@ def confusion_matrix(predicted: Tensor, label: Tensor, table: ClassTable) -> Ten
     """(n, n) int64 counts, row: truth, column: prediction; unknown and unscored pixels left out."""
     n, truth = len(table.names), scored_target(label, table)
     keep = truth != 255
-    predicted = predicted[keep].clamp(max=n - 1)
-    return torch.bincount(truth[keep] * n + predicted, minlength=n * n).view(n, n)
+    return torch.bincount(truth[keep] * n + predicted[keep], minlength=n * n).view(n, n)
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, float]:

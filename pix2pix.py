@@ -71,7 +71,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -154,7 +153,7 @@ PRESETS = {
     "colorization": dict(task="colorization", epochs=6, batch_size=4, jitter=False),  # 1.2 million
     "edges2shoes": dict(task="pairs", epochs=15, batch_size=4),                     # 50 000
     "edges2handbags": dict(task="pairs", epochs=15, batch_size=4),                  # 137 000
-    "sketches": dict(task="pairs", epochs=0),                # tests the edges models, trains none
+    "sketches": dict(task="pairs"),                          # tests the edges models, trains none
     "day2night": dict(task="pairs", direction="BtoA", epochs=17, batch_size=4),     # 17 823
     "thermal2color": dict(task="pairs", epochs=10, batch_size=4),                   # 36 609
     "inpainting": dict(task="inpainting", epochs=25, batch_size=4),                 # 14 900
@@ -177,16 +176,19 @@ def check_config(cfg: Config) -> None:
         if getattr(cfg, name) not in allowed:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: choose one of "
                             + ", ".join(map(str, allowed)))
-    positive = ("batch_size", "width", "scorer_width", "scorer_steps")
-    others = ("limit", "steps", "epochs", "levels", "save_every", "lambda_l1", "seed")
-    for name in positive + others:
-        low = 1 if name in positive else 0
-        if not low <= getattr(cfg, name) < math.inf:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be {low} or more")
+    bounds = dict.fromkeys(("batch_size", "epochs", "width", "scorer_width", "scorer_steps"), 1)
+    for name in ("limit", "steps", "levels", "save_every", "lambda_l1", "seed", "workers"):
+        bounds[name] = 0
+    for name, low in bounds.items():
+        high = {"levels": 8, "seed": 10 ** 9}.get(name, 10 ** 12)
+        if not low <= (getattr(cfg, name) or 0 if low == 0 else getattr(cfg, name)) <= high:
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must lie in {low}..{high}")
     if not 0 < cfg.lr < 1:
         raise UserError(f"--lr {cfg.lr}: must lie between 0 and 1; the paper's is 0.0002")
-    if cfg.workers is not None and cfg.workers < 0:
-        raise UserError(f"--workers {cfg.workers}: must be 0 or more")
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        raise UserError(f"--betas {cfg.betas[0]} {cfg.betas[1]}: both must lie in [0, 1)")
+    if cfg.decay and cfg.epochs < 2:
+        raise UserError("--decay with --epochs 1: the rate would be 0 from the start")
     if min(cfg.size) < 1:
         raise UserError(f"--size {cfg.size[0]} {cfg.size[1]}: must be positive")
     if cfg.one_hot and cfg.task != "labels2photo":
@@ -523,6 +525,8 @@ def pick_device(cfg: Config) -> torch.device:
     """The device of this process. Under torchrun it also joins the other processes."""
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpu = cfg.gpu if cfg.gpu is not None else int(os.environ.get("LOCAL_RANK", 0)) if n else -1
+    if (cfg.gpu or 0) > -1 and cfg.gpu is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--gpu {gpu}: torchrun gives each process its own GPU; leave the flag out")
     if not -1 <= gpu < n:
         here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
         raise UserError(f"--gpu {gpu}: this machine has {here}; use --gpu -1 for the CPU")
@@ -552,9 +556,11 @@ class Stop:
         self.signal = number
         signal.signal(number, self.before[number])
 
-    def asked(self, device: torch.device) -> bool:
+    def asked(self, device: torch.device, step: int) -> bool:
         """True once any process was asked to stop: all must leave the loop at the same step."""
         if dist.is_initialized():
+            if step % 10:                       # asking makes everyone wait
+                return False
             signals = torch.tensor(self.signal, device=device)
             dist.all_reduce(signals, dist.ReduceOp.MAX)
             self.signal = int(signals)
@@ -563,6 +569,10 @@ class Stop:
 
 def save_checkpoint(state: State, cfg: Config) -> None:
     """Everything that resuming needs, as plain tensors and numbers, in one file."""
+    for net in (state.generator, state.discriminator):
+        if net is not None and not all(p.isfinite().all() for p in net.parameters()):
+            raise UserError(f"a weight is nan or infinite after step {state.step}: stopped; the "
+                            "last good checkpoint is kept. A smaller --lr may help, or --precision fp32")
     content = {"script": "pix2pix", "config": asdict(cfg)}
     for name, value in vars(state).items():
         content[name] = plain(value).state_dict() if hasattr(value, "state_dict") else value
@@ -573,6 +583,8 @@ def read_checkpoint(path: Path) -> dict:
     """The content of a checkpoint, or {"released": weights} of a file that is not ours."""
     stored = common.load_file(path, "give a checkpoint of pix2pix.py")
     if "script" not in stored:
+        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored.items()):
+            raise UserError(f"{path}: neither a checkpoint of pix2pix.py nor a dict of weights")
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
     if stored["script"] != "pix2pix":
         raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of pix2pix.py")
@@ -608,10 +620,12 @@ def load_networks(state: State, path: Path) -> None:
     stored = read_checkpoint(path)
     if "released" in stored:
         stored = rename_released(stored["released"], path)
-    for name in ("generator", "discriminator"):
-        net, theirs = getattr(state, name), stored.get(name)
-        if net is None or theirs is None:
-            continue
+    both = [name for name in ("generator", "discriminator")
+            if getattr(state, name) is not None and stored.get(name) is not None]
+    if not both:
+        raise UserError(f"{path}: holds {', '.join(stored)}, of which this run uses nothing")
+    for name in both:
+        net, theirs = getattr(state, name), stored[name]
         own = plain(net).state_dict()
         shapes = {k: tuple(v.shape) for k, v in own.items() if "num_batches" not in k}
         got = {k: tuple(v.shape) for k, v in theirs.items() if "num_batches" not in k}
@@ -646,8 +660,9 @@ def newest_run() -> Path:
 def open_run(cfg: Config, resume: bool) -> Config:
     """Make the run's folder, never one that holds another run; write config.json."""
     out = Path(cfg.out) if cfg.out else next_run()
-    if not resume and (out / "checkpoint.pt").exists():
-        raise UserError(f"--out {out}: holds a run already; --resume continues it")
+    here = [n for n in ("checkpoint.pt", "config.json", "log.csv") if (out / n).exists()]
+    if here and not resume:
+        raise UserError(f"--out {out}: holds a run already ({here[0]}); --resume continues it")
     cfg = replace(cfg, out=str(out))
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -664,7 +679,8 @@ class Log:
     def __init__(self, folder: Path, step: int):
         self.path, self.pending, self.begun, self.waited = folder / "log.csv", [], time.time(), 0.0
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+        kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
+                            and int(line.split(",")[0]) <= step]
         if lines:                               # resuming repeats the steps after the checkpoint
             self.path.write_text("\n".join(kept) + "\n")
 
@@ -724,6 +740,10 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
     if not train_set.roles & {"image", "B", "pair"}:
         raise UserError(f"--data {cfg.data}: layout {train_set.layout.name}, without photos; "
                         "training needs them")
+    images = cfg.batch_size * place()[1]
+    if images > len(train_set):
+        raise UserError(f"--batch-size {cfg.batch_size}: a step needs {images} images, training "
+                        f"has {len(train_set)}")
     check_config(cfg)
     return cfg, train_set, dataset(cfg, "test")
 
@@ -735,13 +755,17 @@ def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, device: 
     sampler = DistributedSampler(train_set, world, rank, seed=cfg.seed, drop_last=True)
     sampler.set_epoch(state.epoch)
     order, cuda = list(sampler)[state.seen // world:], device.type == "cuda"
-    workers = (4 if cuda else 0) if cfg.workers is None else cfg.workers
-    for batch in DataLoader(train_set, cfg.batch_size, sampler=order, num_workers=workers,
-                            drop_last=True, pin_memory=cuda):
-        batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                           for k, v in batch.items()}, cfg)
-        yield {k: v.contiguous(memory_format=memory_format(cfg, device))
-               if k in ("input", "image") else v for k, v in batch.items()}
+    workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
+    loader = DataLoader(train_set, cfg.batch_size, sampler=order, num_workers=workers,
+                        drop_last=True, pin_memory=cuda)
+    try:
+        for batch in loader:
+            batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                               for k, v in batch.items()}, cfg)
+            yield {k: v.contiguous(memory_format=memory_format(cfg, device))
+                   if k in ("input", "image") else v for k, v in batch.items()}
+    except UserError as error:                  # a data process wraps it in its own traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -753,9 +777,6 @@ def train(cfg: Config, resume: bool = False) -> Path:
     cfg, train_set, test_set = open_data(cfg)
     per_step = cfg.batch_size * world
     per_epoch = len(train_set) // per_step
-    if not per_epoch:
-        raise UserError(f"--batch-size {cfg.batch_size} in {world} process(es): more than the "
-                        f"{len(train_set)} training images")
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state = build(cfg, device)
     if resume:
@@ -785,7 +806,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
                 losses = train_step(state, batch, cfg)
                 state.step, state.seen = state.step + 1, state.seen + per_step
                 bar.update()
-                last = stop.asked(device) or state.step >= total
+                last = stop.asked(device, state.step) or state.step >= total
                 save = last or state.step % save_every == 0
                 if rank == 0:
                     log.pending.append(losses)
@@ -951,19 +972,26 @@ def sample(cfg: Config, state: State, source: str = "", output: str = "", sample
             if root.is_dir() else [root]
         if not files:
             raise UserError(f"--input {source}: a folder without images")
+        if len({path.stem for path in files}) < len(files):
+            raise UserError(f"--input {source}: several files of one name; outputs are named by it")
         items = (read_input(path, cfg) for path in files)
         items = (resize_item(item, size) if size else item for item in items)
     else:
         files = dataset(cfg, "test")
         items = (files[i] for i in range(len(files)))
-    one_file = source and not root.is_dir() and samples == 1 and target.suffix
+    to_file = root.is_file() and samples == 1 and target.suffix and not target.is_dir()
+    if not to_file and target.suffix.lower() in common.SUFFIXES:
+        raise UserError(f"--output {output}: one file for several images; name a folder")
     for item in tqdm(items, total=len(files), unit="image", disable=None):
         pair = pair_of(item, cfg, device)
         for k in range(samples):
             torch.manual_seed(cfg.seed + k)
             y_hat = to_rgb(translate(generator, pair["input"]), pair, cfg)
             number = f"_{k + 1}" if samples > 1 else ""
-            save_images(y_hat, target if one_file else target / f"{item['name']}{number}.png")
+            path = target if to_file else target / f"{item['name']}{number}.png"
+            if source and any(path.resolve() == file.resolve() for file in files):
+                raise UserError(f"--output {output}: would overwrite the input {path}")
+            save_images(y_hat, path)
     print(f"{len(files) * samples} image(s): {target}")
     return target
 
@@ -1023,9 +1051,10 @@ def histogram_intersection(p: Tensor, q: Tensor) -> Tensor:
 
 def nearest_colour(image: Tensor, table: common.ClassTable) -> Tensor:
     """Colours (B, 3, H, W) -> ids (B, H, W), the class of the nearest palette colour (Table 6)."""
-    palette = torch.from_numpy(table.palette).to(image.device).float() / 127.5 - 1   # (n, 3)
+    palette = torch.from_numpy(table.palette[:len(table.names)]).to(image.device)    # (n, 3)
     pixels = image.movedim(1, -1)
-    return torch.cdist(pixels.flatten(0, 2), palette).argmin(1).view(pixels.shape[:-1])
+    distances = torch.cdist(pixels.flatten(0, 2), palette / 127.5 - 1)
+    return distances.argmin(1).view(pixels.shape[:-1])
 
 
 def scorer_for(cfg: Config, device: torch.device) -> common.FCN8s:
@@ -1098,9 +1127,12 @@ def report(metrics: dict, cfg: Config) -> None:
     line(name, metrics["output"].values(), 3)
     line("the truth, scored alike", metrics["truth"].values(), 3)
     paper = {f"Table 6, {cfg.loss}": TABLE_6.get(cfg.loss)} if labels else {
-        f"Table 1, {cfg.loss}": TABLE_1[cfg.loss], "Table 1, ground truth": TABLE_1["ground truth"],
         f"Table 2, {cfg.generator}, {cfg.loss}": TABLE_2.get((cfg.generator, cfg.loss)),
-        f"Table 3, {cfg.patch} x {cfg.patch}": TABLE_3.get(cfg.patch)}
+        "Table 1, ground truth": TABLE_1["ground truth"]}
+    if cfg.generator == "unet" and cfg.patch == 70 and not labels:
+        paper[f"Table 1, {cfg.loss}"] = TABLE_1[cfg.loss]
+    if cfg.generator == "unet" and cfg.loss == "L1+cGAN" and not labels:
+        paper[f"Table 3, {cfg.patch} x {cfg.patch}"] = TABLE_3.get(cfg.patch)
     for name, values in paper.items():
         if values:
             line(f"paper, Cityscapes, {name}", values, 2)
@@ -1149,12 +1181,22 @@ def trace(cfg: Config) -> None:
         train_step(state, batch, cfg)
     clock = time.time()
     losses = ", ".join(f"{k} {v.item():.4f}" for k, v in train_step(state, batch, cfg).items())
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     print(f"\none training step: {flops.get_total_flops() / 1e9:.1f} GFLOP, "
-          f"{time.time() - clock:.3f} s, {peak / 2 ** 30:.2f} GiB at most; {losses}")
+          f"{time.time() - clock:.3f} s, {peak_memory(device):.2f} GiB at most; {losses}")
     if state.discriminator is not None:
         print(f"receptive field of D: {receptive_field(cfg.patch)} pixels, asked of the gradient")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has used so far, GiB: the GPU's, or the computer's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource                         # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def receptive_field(patch: int) -> int:
@@ -1179,7 +1221,7 @@ def parser() -> argparse.ArgumentParser:
     add("mode", nargs="?", default="train", help="what to do (train)",
         choices=("train", "sample", "evaluate", "check", "trace"))
     add("--data", metavar="DIR", help="a dataset in any known layout (the built-in streets)")
-    add("--preset", choices=PRESETS, help="a line of Sec. 6.2 (cityscapes; toy with the streets)")
+    add("--preset", choices=PRESETS, help="a line of Sec. 6.2 (toy with the streets)")
     add("--task", choices=CHOICES["task"], help="what is made from what (labels2photo)")
     add("--direction", choices=("AtoB", "BtoA"), help="of pairs, which half is the input (AtoB)")
     add("--classes", metavar="N|NAME", help="a number, or a table of common.py (the data's)")
@@ -1227,7 +1269,10 @@ EXAMPLES = """examples:
   python pix2pix.py                                     train on the built-in streets
   python pix2pix.py evaluate                            score the newest run beside the paper
   python pix2pix.py sample --samples 3                  three outputs for each test layout"""
-CALL = ("mode", "preset", "resume", "checkpoint", "input", "output", "samples")
+# Flags of the one call, by the modes that read them; all others are fields of Config.
+CALL = {"preset": ("train", "check", "trace", "sample", "evaluate"), "resume": ("train",),
+        "checkpoint": ("sample", "evaluate"), "input": ("sample",), "output": ("sample",),
+        "samples": ("sample",)}
 # What may differ from the checkpoint when a run goes on, and when it is tested.
 FREE = {"data", "epochs", "steps", "save_every", "gpu", "workers", "precision", "compile",
         "channels_last", "out"}
@@ -1243,11 +1288,15 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
         weights = rename_released(stored["released"], path).get("generator")
         if weights is None:
             raise UserError(f"{path}: a released discriminator; to sample, a generator is needed")
+        if not {"input", "data"} & set(given | call):
+            raise UserError(f"{path}: released weights know no dataset; say --input or --data")
         n = sum(k.startswith("encoder") and k.endswith("conv.weight") for k in weights)
         shape = dict(levels=n, width=weights["encoder.0.conv.weight"].shape[0], first_dropout=2,
-                     task="pairs" if f"{weights[f'decoder.{n - 1}.conv.bias'].shape[0]}" == "3"
-                     else "colorization")
-        cfg = replace(Config(**shape, loss="L1"), **PRESETS.get(call.get("preset"), {}) | given)
+                     task="pairs" if len(weights[f"decoder.{n - 1}.conv.bias"]) == 3
+                     else "colorization", loss="L1", out="runs/released")
+        cfg = replace(Config(**shape), **PRESETS.get(call.get("preset"), {}) | given)
+    elif "preset" in call:
+        raise UserError(f"--preset {call['preset']}: {path} knows its settings; leave the flag out")
     else:
         cfg = stored_config(stored, path, given, FREE_AT_TEST)
         cfg = replace(cfg, init="", out=given.get("out", str(path.parent)))
@@ -1260,9 +1309,14 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
     given = vars(parser().parse_args(arguments))
-    call = {k: given.pop(k) for k in CALL if k in given}
+    mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    mode, resume = call["mode"], call.get("resume", False)
+    for name in call:
+        if mode not in CALL[name]:
+            raise UserError(f"--{name} goes with {' or '.join(CALL[name])}, not with {mode}")
+    resume = call.get("resume", False)
+    if resume and "preset" in call:
+        raise UserError(f"--preset {call['preset']} with --resume: the run knows its settings")
     if mode == "sample":
         cfg, state = load_for_test(given, call)
         sample(cfg, state, call.get("input", ""), call.get("output", ""), call.get("samples", 1),
@@ -1276,8 +1330,8 @@ def main(arguments: list[str] | None = None) -> None:
         cfg = stored_config(read_checkpoint(path), path, given, FREE)
         cfg = replace(cfg, out=str(path.parent), init="")
     else:
-        preset = call.get("preset", "cityscapes" if given.get("data") else "toy")
-        cfg = replace(Config(), **PRESETS[preset] | given)
+        preset = call.get("preset", "" if given.get("data") else "toy")
+        cfg = replace(Config(), **PRESETS.get(preset, {}) | given)
         if preset == "sketches" and mode == "train":
             raise UserError("--preset sketches: the paper tests the edges models on sketches and "
                             "trains none; use sample with a checkpoint of edges2shoes")
@@ -1298,6 +1352,11 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
+        print(f"pix2pix.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:                    # a disk that is full, a folder that is read-only
         print(f"pix2pix.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:

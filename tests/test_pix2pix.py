@@ -1,0 +1,880 @@
+"""What the pix2pix paper claims, tested on pix2pix.py.
+
+The oracles share no code with the script: numpy in float64, printed numbers, gradients, limits. The
+check values come from the authors' own PyTorch networks, filled with sines and run in float64.
+"""
+
+import copy
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import pix2pix
+from pix2pix import Config, Generator, PatchDiscriminator
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------- The released networks' numbers
+
+def released_unet(c_x: int, c_y: int, width: int, levels: int = 8) -> list[tuple[str, tuple]]:
+    """Keys and shapes of the authors' U-Net file, in the file's order: depth first."""
+    c = [width * m for m in (1, 2, 4, 8, 8, 8, 8, 8)][:levels]
+
+    def norm(prefix: str, n: int) -> list:
+        return [(prefix + k, (n,)) for k in ("weight", "bias", "running_mean", "running_var")] + [
+            (prefix + "num_batches_tracked", ())]
+
+    def level(n: int, p: str) -> list:
+        if n == 1:
+            inner = level(2, p + "1.model.")
+            return [(p + "0.weight", (c[0], c_x, 4, 4)), *inner,
+                    (p + "3.weight", (2 * c[0], c_y, 4, 4)), (p + "3.bias", (c_y,))]
+        if n == levels:
+            return [(p + "1.weight", (c[-1], c[-2], 4, 4)), (p + "3.weight", (c[-1], c[-2], 4, 4)),
+                    *norm(p + "4.", c[-2])]
+        return [(p + "1.weight", (c[n - 1], c[n - 2], 4, 4)), *norm(p + "2.", c[n - 1]),
+                *level(n + 1, p + "3.model."),
+                (p + "5.weight", (2 * c[n - 1], c[n - 2], 4, 4)), *norm(p + "6.", c[n - 2])]
+
+    return level(1, "model.model.")
+
+
+def released_discriminator(field: int, c_in: int, width: int) -> list[tuple[str, tuple]]:
+    """Keys and shapes of the authors' PatchGANs; the PixelGAN's prefix and biases differ."""
+    w = width
+    if field == 1:
+        return [("net.0.weight", (w, c_in, 1, 1)), ("net.0.bias", (w,)),
+                ("net.2.weight", (2 * w, w, 1, 1)), ("net.3.weight", (2 * w,)),
+                ("net.3.bias", (2 * w,)), ("net.3.running_mean", (2 * w,)),
+                ("net.3.running_var", (2 * w,)), ("net.3.num_batches_tracked", ()),
+                ("net.5.weight", (1, 2 * w, 1, 1))]
+    c = {16: [1, 2], 70: [1, 2, 4, 8], 286: [1, 2, 4, 8, 8, 8]}[field]
+    entries = [("model.0.weight", (w, c_in, 4, 4)), ("model.0.bias", (w,))]
+    for i in range(1, len(c)):
+        n = w * c[i]
+        entries += [(f"model.{3 * i - 1}.weight", (n, w * c[i - 1], 4, 4))]
+        entries += [(f"model.{3 * i}.{k}", (n,))
+                    for k in ("weight", "bias", "running_mean", "running_var")]
+        entries += [(f"model.{3 * i}.num_batches_tracked", ())]
+    last = 3 * len(c) - 1
+    return entries + [(f"model.{last}.weight", (1, w * c[-1], 4, 4)), (f"model.{last}.bias", (1,))]
+
+
+def filled(entries: list[tuple[str, tuple]]) -> dict[str, torch.Tensor]:
+    """The fill rule of the check values: sin(0.5 + 1.7 i + 0.37 j), scaled by the tensor's kind."""
+    stored, i = {}, 0
+    for key, shape in entries:
+        if key.endswith("num_batches_tracked"):
+            stored[key] = torch.tensor(0)
+        elif key.endswith(("running_mean", "running_var")):
+            stored[key] = torch.full(shape, float(key.endswith("var")), dtype=torch.float64)
+        else:
+            s = np.sin(0.5 + 1.7 * i + 0.37 * np.arange(math.prod(shape))).reshape(shape)
+            scale = 0.05 * s if len(shape) == 4 else 0.1 * s + key.endswith("weight")
+            stored[key], i = torch.from_numpy(scale), i + 1
+    return stored
+
+
+def sines(phase: float, batch: int = 1) -> torch.Tensor:
+    j = np.arange(batch * 3 * 256 * 256)
+    return torch.from_numpy(np.sin(0.3 * j + phase).reshape(batch, 3, 256, 256))
+
+
+A, B, C = sines(0.2), sines(1.0), sines(2.0)
+
+
+def four_numbers(t: torch.Tensor) -> list[float]:
+    h, w = t.shape[-2:]
+    return [t.mean().item(), t.std(correction=0).item(), t[0, 0, 0, 0].item(),
+            t[-1, -1, h // 2, w // 3].item()]
+
+
+def load(tmp_path, entries, patch: int = 70) -> pix2pix.State:
+    """Networks of width 8 in float64, filled from a released file through the script's loader."""
+    torch.save(filled(entries), tmp_path / "latest_net.pth")
+    state = pix2pix.State(Generator(width=8).double(),
+                          PatchDiscriminator(width=8, patch=patch).double(), None, None)
+    for module in state.generator.modules():
+        module.deterministic = True               # the check values are without dropout
+    pix2pix.load_networks(state, tmp_path / "latest_net.pth")
+    return state
+
+
+def test_check_values_u_net(tmp_path):
+    """The U-Net is the authors': same keys, same order of skips, same numbers."""
+    G = load(tmp_path, released_unet(3, 3, 8)).generator
+    with torch.no_grad():
+        assert four_numbers(G(A)) == pytest.approx(
+            [0.002880129, 0.230136235, 0.110957791, -0.328599492], abs=1e-9)
+
+
+def test_check_values_batch_of_two_then_running_averages(tmp_path):
+    """Batch statistics couple the batch; --eval-mode uses what two passes left in the averages."""
+    G, x = load(tmp_path, released_unet(3, 3, 8)).generator, sines(0.2, batch=2)
+    with torch.no_grad():
+        first, second = G(x), G(x)
+        assert torch.equal(first, second)         # averages move, outputs do not
+        assert four_numbers(first) == pytest.approx(
+            [0.002894386, 0.230140939, 0.110988198, 0.214478931], abs=1e-9)
+        for module in G.eval().modules():
+            if isinstance(module, pix2pix.BatchNorm):
+                module.use_running = True
+        assert four_numbers(G(x)) == pytest.approx(
+            [0.000985763, 0.213908656, 0.106476650, 0.184269759], abs=1e-9)
+
+
+@pytest.mark.parametrize("patch, numbers", [
+    (70, [0.138548540, 0.223206174, 0.518110658, 0.254741001]),
+    (16, [-0.109410410, 0.179467689, 0.250285906, -0.189697948]),
+    (286, [-0.037862188, 0.203930455, -0.147898866, 0.137658605]),
+    (1, [-0.013218821, 0.041987541, 0.031683978, -0.022145015])])
+def test_check_values_discriminators(tmp_path, patch, numbers):
+    D = load(tmp_path, released_discriminator(patch, 6, 8), patch).discriminator
+    with torch.no_grad():
+        assert four_numbers(D(A, B)) == pytest.approx(numbers, abs=1e-9)
+
+
+def test_check_values_losses(tmp_path):
+    """L_D with its half, G's part of the GAN loss without, and 100 times the mean L1."""
+    D = load(tmp_path, released_discriminator(70, 6, 8)).discriminator
+    with torch.no_grad():
+        real, fake = pix2pix.discriminator_loss(D(A, B), D(A, C))
+        assert (real + fake).item() == pytest.approx(0.7181038871, abs=1e-9)
+        assert pix2pix.generator_loss(D(A, C)).item() == pytest.approx(0.6115459150, abs=1e-9)
+        assert 100 * pix2pix.l1_loss(C, B).item() == pytest.approx(61.0423613097, abs=1e-8)
+
+
+def test_released_files_load_with_old_or_wrapped_keys(tmp_path):
+    """Old files lack num_batches_tracked; files of DataParallel carry "module." before each key."""
+    whole = load(tmp_path, released_unet(3, 3, 8)).generator
+    stored = {"module." + k: v for k, v in filled(released_unet(3, 3, 8)).items()
+              if "num_batches" not in k}
+    torch.save(stored, tmp_path / "old.pth")
+    state = pix2pix.State(Generator(width=8).double(), None, None, None)
+    pix2pix.load_networks(state, tmp_path / "old.pth")
+    for ours, theirs in zip(state.generator.parameters(), whole.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_released_file_has_82_entries():
+    """The printed count, which guards the key table above against a slip of ours."""
+    assert len(released_unet(3, 3, 64)) == 82
+
+
+# --------------------------------------------------------------------------- Parameters and FLOPs
+
+def count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("arguments, parameters", [
+    (dict(), 54_413_955), (dict(c_x=1, c_y=2), 54_409_858),
+    (dict(bottleneck_norm=True), 54_414_979),
+    (dict(c_x=1, c_y=2, bottleneck_norm=True), 54_410_882),
+    (dict(skips=False), 39_075_459), (dict(c_x=1, c_y=2, skips=False), 39_072_386),
+    (dict(levels=7), 41_828_995)])
+def test_generator_parameters(arguments, parameters):
+    with torch.device("meta"):
+        assert count(Generator(**arguments)) == parameters
+
+
+@pytest.mark.parametrize("arguments, parameters, side", [
+    (dict(patch=1), 9_024, 256), (dict(patch=16), 139_585, 126), (dict(patch=34), 666_433, 62),
+    (dict(patch=70), 2_768_705, 30), (dict(patch=142), 6_964_033, 14),
+    (dict(patch=286), 11_159_361, 6), (dict(conditional=False), 2_765_633, 30),
+    (dict(c_x=1, c_y=2), 2_765_633, 30)])
+def test_discriminator_parameters_and_map(arguments, parameters, side):
+    """Parameters of the authors' networks, and the side of the map of verdicts for 256 x 256."""
+    with torch.device("meta"):
+        D = PatchDiscriminator(**arguments)
+        x = torch.zeros(1, arguments.get("c_x", 3), 256, 256)
+        y = torch.zeros(1, arguments.get("c_y", 3), 256, 256)
+        assert count(D) == parameters
+        assert D(x, y).shape == (1, 1, side, side)
+
+
+def gflop(net: nn.Module, *shapes: tuple) -> float:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net(*(torch.zeros(1, *shape) for shape in shapes))
+    return counter.get_total_flops() / 1e9
+
+
+@pytest.mark.parametrize("arguments, shape, measured", [
+    (dict(), (3, 256, 256), 12.10), (dict(c_x=1, c_y=2), (1, 256, 256), 11.96),
+    (dict(), (3, 512, 512), 48.4), (dict(skips=False), (3, 256, 256), 8.07),
+    (dict(levels=7), (3, 128, 128), 3.01)])
+def test_generator_cost(arguments, shape, measured):
+    """The cost measured on the authors' network, a multiply-add counted as 2."""
+    with torch.device("meta"):
+        net = Generator(**arguments)
+    assert gflop(net, shape) == pytest.approx(measured, rel=2e-3)
+
+
+@pytest.mark.parametrize("patch, measured", [(1, 1.14), (16, 4.49), (70, 6.39), (286, 4.37)])
+def test_discriminator_cost(patch, measured):
+    with torch.device("meta"):
+        net = PatchDiscriminator(patch=patch)
+    assert gflop(net, (3, 256, 256), (3, 256, 256)) == pytest.approx(measured, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------- Receptive fields
+
+@pytest.mark.parametrize("patch", [1, 16, 34, 70, 142, 286])
+def test_table_3_receptive_fields(patch):
+    """Measured: which input pixels does one verdict depend on? Rows and columns, x and y alike."""
+    D = PatchDiscriminator(width=2, patch=patch)
+    for parent in list(D.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):          # its statistics would couple all pixels
+                setattr(parent, name, nn.Identity())
+    x = torch.randn(1, 3, 448, 448, requires_grad=True)
+    y = torch.randn(1, 3, 448, 448, requires_grad=True)
+    logits = D(x, y)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    for grad in (x.grad, y.grad):
+        rows, columns = grad[0].abs().sum(0).nonzero(as_tuple=True)
+        assert len(rows.unique()) == rows.max() - rows.min() + 1 == patch
+        assert len(columns.unique()) == columns.max() - columns.min() + 1 == patch
+    assert pix2pix.receptive_field(patch) == patch
+
+
+# --------------------------------------------------------------------------------- Equations 1 - 4
+
+def log_sigmoid(a: float) -> float:
+    return -math.log1p(math.exp(-a))
+
+
+LOGITS = np.random.default_rng(0).normal(0, 2, (2, 2, 1, 3, 5))      # real and fake, batch of two
+
+
+def test_eq_1_discriminator_averages_all_patches_and_is_halved():
+    """-log D on real pairs and -log(1 - D) on fake, averaged over patches and batch, by half."""
+    real, fake = pix2pix.discriminator_loss(*torch.from_numpy(LOGITS))
+    expected_real = expected_fake = 0.0
+    for a in LOGITS[0].ravel():
+        expected_real -= log_sigmoid(a) / LOGITS[0].size
+    for a in LOGITS[1].ravel():
+        expected_fake -= math.log(1 - 1 / (1 + math.exp(-a))) / LOGITS[1].size
+    assert real.item() == pytest.approx(expected_real / 2, rel=1e-12)
+    assert fake.item() == pytest.approx(expected_fake / 2, rel=1e-12)
+
+
+def test_eq_1_generator_maximises_log_d():
+    """Sec. 3.3: -log D(x, G(x)), the non-saturating form, not halved."""
+    loss = pix2pix.generator_loss(torch.from_numpy(LOGITS[1]))
+    assert loss.item() == pytest.approx(-np.mean([log_sigmoid(a) for a in LOGITS[1].ravel()]))
+
+
+def test_eq_1_generator_learns_while_d_is_winning():
+    """Where D is sure (logit -30), log(1 - D) has no gradient left, and G's loss has one of -1."""
+    d_fake = torch.full((1, 1, 2, 2), -30.0, dtype=torch.float64, requires_grad=True)
+    pix2pix.generator_loss(d_fake).backward()
+    assert d_fake.grad.sum().item() == pytest.approx(-1, abs=1e-9)
+
+
+def test_eq_1_does_not_overflow():
+    """Logits: no log(0) at certainty, where a sigmoid and a log give infinity in float32."""
+    for sure in (-200.0, 200.0):
+        d = torch.full((1, 1, 2, 2), sure)
+        losses = [*pix2pix.discriminator_loss(d, d), pix2pix.generator_loss(d)]
+        assert all(math.isfinite(v) for v in losses) and sum(v.item() for v in losses) >= 100
+
+
+def test_eq_1_and_2_optimum_at_one_half():
+    """A D that cannot tell (logit 0) costs log 2 in all, half from each side; so does G's loss."""
+    d = torch.zeros(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    real, fake = pix2pix.discriminator_loss(d, d)
+    assert real.item() == fake.item() == pytest.approx(math.log(2) / 2)
+    (real + fake).backward()
+    assert d.grad.abs().max() < 1e-15
+
+
+def test_eq_2_unconditional_discriminator_does_not_see_x():
+    """Table 1's GAN and L1+GAN: the verdict has no gradient with respect to x; Eq. (1)'s has."""
+    y = torch.randn(1, 3, 64, 64)
+    for loss, sees in (("GAN", False), ("L1+GAN", False), ("cGAN", True), ("L1+cGAN", True)):
+        _, D = pix2pix.networks(Config(size=(64, 64), levels=5, width=2, loss=loss, patch=16))
+        x = torch.randn(1, 3, 64, 64, requires_grad=True)
+        grad, = torch.autograd.grad(D(x, y).square().sum(), x, allow_unused=True)
+        assert (grad is not None and grad.abs().max() > 0) == sees, loss
+
+
+def test_eq_3_is_a_mean_over_all_elements():
+    y_hat, y = np.random.default_rng(1).uniform(-1, 1, (2, 2, 3, 4, 5))
+    total = 0.0
+    for a, b in zip(y_hat.ravel(), y.ravel()):
+        total += abs(a - b)
+    loss = pix2pix.l1_loss(torch.from_numpy(y_hat), torch.from_numpy(y))
+    assert loss.item() == pytest.approx(total / (2 * 3 * 4 * 5), rel=1e-12)
+    with pytest.raises(AssertionError):                    # would broadcast in silence
+        pix2pix.l1_loss(torch.zeros(2, 1, 4, 5), torch.zeros(2, 3, 4, 5))
+
+
+def textbook_step(G, D, x, y, loss: str, weight: float, lr: float) -> dict[str, float]:
+    """Sec. 3.3 by hand, with plain gradient descent, so that every factor shows."""
+    def bce(logits, truth):
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, truth))
+
+    def descend(net, objective):
+        gradients = torch.autograd.grad(objective, list(net.parameters()))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), gradients):
+                p -= lr * g
+
+    y_hat, values, objective = G(x), {}, 0
+    if "GAN" in loss:
+        with torch.no_grad():
+            constant = y_hat.clone()
+        real, fake = 0.5 * bce(D(x, y), 1.0), 0.5 * bce(D(x, constant), 0.0)
+        descend(D, real + fake)
+        objective = bce(D(x, y_hat), 1.0)                  # the updated D judges
+        values = {"d_real": real.item(), "d_fake": fake.item(), "g_gan": objective.item()}
+    l1 = (y_hat - y).abs().sum() / y.numel()
+    descend(G, objective + weight * l1 if "L1" in loss else objective)
+    return values | {"g_l1": l1.item()}
+
+
+def small_state(cfg: Config, optimiser=torch.optim.SGD, **options) -> pix2pix.State:
+    """Networks in float64 without dropout; weights large enough for gradients worth comparing."""
+    torch.manual_seed(3)
+    G, D = pix2pix.networks(cfg)
+    for net in filter(None, (G, D)):
+        net.double()
+        for module in net.modules():
+            module.deterministic = True
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, 0, 0.2)
+    return pix2pix.State(G, D, optimiser(G.parameters(), **options),
+                         optimiser(D.parameters(), **options) if D is not None else None)
+
+
+@pytest.mark.parametrize("loss, weight", [
+    ("L1+cGAN", 100.0), ("L1+cGAN", 7.0), ("L1+cGAN", 0.0), ("L1+GAN", 100.0), ("cGAN", 100.0),
+    ("GAN", 100.0), ("L1", 100.0)])
+def test_eq_4_train_step_is_the_textbook_step(loss, weight):
+    """D by half its loss, then G against the new D, L1 by lambda; each gradient to one network."""
+    cfg = Config(size=(32, 32), levels=5, width=2, patch=16, loss=loss, lambda_l1=weight)
+    state = small_state(cfg, lr=0.01)
+    G, D = copy.deepcopy(state.generator), copy.deepcopy(state.discriminator)
+    x, y = torch.rand(2, 2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    for _ in range(2):
+        expected = textbook_step(G, D, x, y, loss, weight, lr=0.01)
+        values = pix2pix.train_step(state, {"input": x, "image": y}, cfg)
+        assert {k: v.item() for k, v in values.items()} == pytest.approx(expected, rel=1e-9)
+        assert not any(v.requires_grad for v in values.values())
+    assert (state.discriminator is None) == (loss == "L1")
+    for net, copied in ((state.generator, G), (state.discriminator, D)):
+        for p, q in zip(net.parameters() if net else (), copied.parameters() if net else ()):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+            assert p.requires_grad
+
+
+def test_eq_4_default_lambda_is_100_and_halves_are_real():
+    assert (Config().lambda_l1, Config().loss) == (100.0, "L1+cGAN")
+
+
+def test_gradients_reach_exactly_g_or_d():
+    """With D's step of size zero, D still has the gradient of its own loss only; G's only G's."""
+    cfg = Config(size=(32, 32), levels=5, width=2, patch=16)
+    state = small_state(cfg, lr=0.0)
+    G, D = state.generator, state.discriminator
+    x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    pix2pix.train_step(state, {"input": x, "image": y}, cfg)
+    y_hat = G(x)
+    bce = F.binary_cross_entropy_with_logits
+    real, fake, judged = D(x, y), D(x, y_hat.detach()), D(x, y_hat)
+    loss_d = 0.5 * bce(real, torch.ones_like(real)) + 0.5 * bce(fake, torch.zeros_like(fake))
+    for p, g in zip(D.parameters(), torch.autograd.grad(loss_d, list(D.parameters()))):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+    loss_g = bce(judged, torch.ones_like(judged)) + 100 * (y_hat - y).abs().mean()
+    for p, g in zip(G.parameters(), torch.autograd.grad(loss_g, list(G.parameters()))):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_optimisers_are_the_papers():
+    """Sec. 3.3: Adam, learning rate 0.0002, betas 0.5 and 0.999, for both networks."""
+    state = pix2pix.build(Config(size=(32, 32), levels=5, width=2), CPU)
+    for optimiser, net in ((state.opt_g, state.generator), (state.opt_d, state.discriminator)):
+        assert isinstance(optimiser, torch.optim.Adam)
+        group, = optimiser.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
+        assert {id(p) for p in group["params"]} == {id(p) for p in net.parameters()}
+
+
+def test_initialisation():
+    """Sec. 6.2: weights from N(0, 0.02). BatchNorm gains from N(1, 0.02), biases zero."""
+    state = pix2pix.build(Config(size=(128, 128), width=16), CPU)
+    for net in (state.generator, state.discriminator):
+        named = dict(net.named_parameters())
+        weights = torch.cat([p.flatten() for p in named.values() if p.ndim == 4])
+        gains = torch.cat([p.flatten() for k, p in named.items()
+                           if p.ndim == 1 and k.endswith("weight")])
+        biases = torch.cat([p.flatten() for k, p in named.items() if k.endswith("bias")])
+        assert abs(weights.mean()) < 1e-3 and weights.std().item() == pytest.approx(0.02, rel=0.03)
+        assert gains.mean().item() == pytest.approx(1, abs=0.01)
+        assert gains.std().item() == pytest.approx(0.02, rel=0.3)
+        assert not biases.any()
+
+
+# ---------------------------------------------------------------------------- Generator, Sec. 6.1
+
+def decoder_outputs(G: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *a: outputs.append(a[2])) for block in G.decoder]
+    with torch.no_grad():
+        G(x)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def test_decoder_channels_are_the_papers():
+    """CD512-CD1024-CD1024-C1024-C1024-C512-C256-C128 are the inputs of the U-Net's decoder."""
+    with torch.device("meta"):
+        unet, plain = Generator(), Generator(skips=False)
+    assert [b.conv.in_channels for b in unet.decoder] == [
+        512, 1024, 1024, 1024, 1024, 512, 256, 128]
+    assert [b.conv.out_channels for b in unet.encoder] == [64, 128, 256] + [512] * 5
+    assert [b.conv.in_channels for b in plain.decoder] == [512] * 5 + [256, 128, 64]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_in_three_blocks_and_on_at_test_time(first, training):
+    """Half of the values of blocks 1-3 (or 2-4) are dropped, in eval() as in train(); z is that."""
+    G = Generator(width=8, levels=6, first_dropout=first).train(training)
+    x = torch.randn(2, 3, 128, 128)
+    dropped = [(t == 0).float().mean().item() for t in decoder_outputs(G, x)]
+    for i, share in enumerate(dropped, 1):
+        assert (0.4 < share < 0.6) if first <= i < first + 3 else share < 0.01, (i, share)
+    with torch.no_grad():
+        assert not torch.equal(G(x), G(x))
+
+
+def test_eval_mode_has_no_noise_and_uses_running_averages():
+    """--eval-mode, the PyTorch release's --eval: repeatable, and the batch no longer matters."""
+    cfg = Config(size=(32, 32), levels=5, width=4, eval_mode=True)
+    state = pix2pix.build(cfg, CPU)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        state.generator(x)
+        G = pix2pix.test_time(state, cfg)
+        assert torch.equal(G(x), G(x))
+        torch.testing.assert_close(G(x)[1:2], G(x[1:2]), rtol=1e-4, atol=1e-5)
+        noisy = pix2pix.test_time(state, replace(cfg, eval_mode=False))
+        assert not torch.equal(noisy(x), noisy(x))
+
+
+def without_noise(G: Generator) -> Generator:
+    for module in G.modules():
+        module.deterministic = True
+    return G
+
+
+def test_statistics_are_the_batchs_at_test_time():
+    """Sec. 3.3: nothing that the running averages hold can reach the output, in either mode."""
+    G = without_noise(Generator(width=4, levels=5))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = G.eval()(x)
+        for name, buffer in G.named_buffers():
+            if "running" in name:
+                buffer.fill_(9.0)
+        assert torch.equal(before, G(x)) and torch.equal(before, G.train()(x))
+
+
+def test_translate_does_not_move_the_running_averages():
+    state = pix2pix.build(Config(size=(32, 32), levels=5, width=4), CPU)
+    G = pix2pix.test_time(state, Config(size=(32, 32), levels=5, width=4))
+    before = copy.deepcopy(G.state_dict())
+    pix2pix.translate(G, torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
+
+
+def test_translate_takes_each_image_alone():
+    """One image at a time: a batch equals its members one by one, which a plain pass does not."""
+    G = without_noise(Generator(width=4, levels=5))
+    x = torch.randn(3, 3, 64, 64) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)
+    alone = torch.cat([pix2pix.translate(G, one[None]) for one in x])
+    assert torch.equal(pix2pix.translate(G, x), alone)
+    with torch.no_grad():
+        assert (G(x) - alone).abs().max() > 1e-3
+
+
+def test_erratum_bottleneck_norm_is_constant_for_one_image():
+    """Sec. 6.3: BatchNorm on a 1 x 1 map at batch 1 leaves its beta; the map carries nothing."""
+    G = without_noise(Generator(width=4, levels=5, bottleneck_norm=True))
+    beta = torch.randn(32)
+    with torch.no_grad():
+        G.encoder[-1].norm.bias.copy_(beta)
+    maps = []
+    G.encoder[-1].register_forward_hook(lambda *a: maps.append(a[2]))
+    for x in (torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)):
+        out = G(x)
+        torch.testing.assert_close(maps[-1].flatten(), beta)
+    gradient, = torch.autograd.grad(out.sum(), G.encoder[-1].conv.weight)
+    assert not gradient.any()
+    G(torch.randn(2, 3, 32, 32))                           # two images: Table 2's remedy
+    assert (maps[-1][0] - maps[-1][1]).abs().max() > 1e-2
+    assert isinstance(Generator(width=4, levels=5).encoder[-1].norm, nn.Identity)
+
+
+def textbook_generator(p: dict, x: torch.Tensor, n: int, skips: bool) -> torch.Tensor:
+    """Convolution, BatchNorm, ReLU in the paper's order; skips carry what is activated."""
+    def norm(v, prefix):
+        mean = v.mean((0, 2, 3), keepdim=True)
+        variance = (v - mean).square().mean((0, 2, 3), keepdim=True)
+        gain, shift = (p[prefix + k].view(1, -1, 1, 1) for k in ("weight", "bias"))
+        return gain * (v - mean) / (variance + 1e-5).sqrt() + shift
+
+    e = []
+    for i in range(n):
+        x = F.conv2d(x, p[f"encoder.{i}.conv.weight"], stride=2, padding=1)
+        if 0 < i < n - 1:
+            x = norm(x, f"encoder.{i}.norm.")
+        x = x.relu() if i == n - 1 else torch.where(x > 0, x, 0.2 * x)
+        e.append(x)
+    for i in range(n):
+        if i and skips:
+            x = torch.cat([e[n - 1 - i].relu(), x], 1)
+        x = F.conv_transpose2d(x, p[f"decoder.{i}.conv.weight"],
+                               p.get(f"decoder.{i}.conv.bias"), stride=2, padding=1)
+        if i < n - 1:
+            x = norm(x, f"decoder.{i}.norm.").relu()
+    return x.tanh()
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_generator_is_the_papers_order_of_layers(skips):
+    """Activations moved to the front of the next block, and skips taken before them, are equal to
+    the paper's convolution, BatchNorm, ReLU: ReLU(LeakyReLU(v)) = ReLU(v)."""
+    G = without_noise(Generator(width=4, levels=5, skips=skips).double())
+    for p in G.parameters():
+        nn.init.normal_(p, 0.1, 0.3)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(G(x), textbook_generator(G.state_dict(), x, 5, skips),
+                                   rtol=1e-9, atol=1e-10)
+
+
+def test_encoder_decoder_has_no_way_around_the_bottleneck():
+    """Fig. 3: with the innermost map silenced, only the U-Net still sees its input."""
+    for skips in (True, False):
+        G = without_noise(Generator(width=4, levels=5, skips=skips))
+        nn.init.zeros_(G.encoder[-1].conv.weight)
+        x = torch.randn(2, 3, 64, 64, requires_grad=True)
+        gradient, = torch.autograd.grad(G(x).square().sum(), x)
+        assert (gradient.abs().max() > 0) == skips
+
+
+@pytest.mark.parametrize("size, levels", [
+    ((256, 256), 8), ((128, 128), 7), ((512, 512), 8), ((96, 64), 5)])
+def test_levels_follow_the_size(size, levels):
+    """256 x 256 gives the paper's 8 levels, and the 1 x 1 bottleneck; 128 gives the release's 7.
+    A notebook that builds from a bare Config can go on with it to test time."""
+    cfg = Config(size=size, width=1)
+    state = pix2pix.build(cfg, CPU)
+    for G in (state.generator, pix2pix.test_time(state, cfg), pix2pix.networks(cfg)[0]):
+        assert len(G.encoder) == len(G.decoder) == levels and G.multiple == 2 ** levels
+
+
+# ------------------------------------------------------------------------------------- Translate
+
+@pytest.mark.parametrize("h, w", [(37, 53), (1, 1), (1, 40), (300, 200), (5, 64)])
+def test_translate_gives_the_size_of_its_input(h, w):
+    G = Generator(c_x=2, c_y=3, width=2, levels=5)
+    out = pix2pix.translate(G, torch.rand(2, 2, h, w))
+    assert out.shape == (2, 3, h, w) and out.isfinite().all() and not out.requires_grad
+
+
+def test_translate_is_g_itself_at_a_multiple():
+    """Sec. 4.4, Fig. 8: at a size that needs no padding, only G acts, fully convolutionally."""
+    G = without_noise(Generator(width=2, levels=5))
+    x = torch.rand(1, 3, 96, 64)
+    with torch.no_grad():
+        assert torch.equal(pix2pix.translate(G, x), G(x))
+
+
+@pytest.mark.parametrize("h, w", [(37, 53), (32, 9), (2, 3), (1, 33)])
+def test_translate_pads_by_reflection(h, w):
+    """numpy's reflection, repeated where the image is smaller than what it lacks."""
+    class Recorder(nn.Module):
+        multiple = 32
+
+        def forward(self, x):
+            self.seen = x
+            return x
+
+    x, G = torch.rand(1, 1, h, w), Recorder()
+    out = pix2pix.translate(G, x)
+    expected = np.pad(x[0, 0].numpy(), ((0, -h % 32), (0, -w % 32)), "reflect")
+    assert np.array_equal(G.seen[0, 0].numpy(), expected)
+    assert torch.equal(out, x)
+
+
+def test_torch_export_agrees_with_eager():
+    for skips in (True, False):
+        G = without_noise(Generator(width=4, levels=5, skips=skips)).eval()
+        x = torch.randn(1, 3, 64, 64)
+        exported = torch.export.export(G, (x,)).module()
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), G(x), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------ Colours, labels, masks
+
+LAB = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),
+       (0, 255, 0): (87.73, -86.18, 83.18), (0, 0, 255): (32.30, 79.19, -107.86),
+       (255, 255, 0): (97.14, -21.55, 94.48), (0, 255, 255): (91.11, -48.09, -14.13),
+       (255, 0, 255): (60.32, 98.23, -60.82), (119, 119, 119): (50.03, 0, 0)}
+
+
+def pixels_of(colours) -> torch.Tensor:
+    """Colours (r, g, b) in 0..255 as an image (1, 3, 1, n) in [-1, 1]."""
+    return (torch.tensor(list(colours), dtype=torch.float64) / 127.5 - 1).T[None, :, None]
+
+
+def test_lab_of_known_colours():
+    """CIE Lab under D65, published values of the sRGB corners."""
+    lab = pix2pix.rgb_to_lab(pixels_of(LAB))[0, :, 0].T
+    assert lab.numpy() == pytest.approx(np.array(list(LAB.values())), abs=0.02)
+
+
+def test_lab_round_trip():
+    """Every eighth colour of the cube, dark ones included, through Lab and back."""
+    grid = torch.linspace(0, 255, 33, dtype=torch.float64)
+    cube = pixels_of(torch.cartesian_prod(grid, grid, grid).tolist())
+    back = pix2pix.lab_to_rgb(pix2pix.rgb_to_lab(cube))
+    assert (back - cube).abs().max() < 1e-4
+    wild = pix2pix.lab_to_rgb(torch.tensor([50.0, 110, -110]).view(1, 3, 1, 1))
+    assert wild.abs().max() <= 1                   # no sRGB colour: clipped, not out of range
+
+
+def numpy_lab(rgb: np.ndarray) -> np.ndarray:
+    """(n, 3) in [0, 1] -> (n, 3), written from the CIE's definition."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    matrix = np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750],
+                       [.0193339, .1191920, .9503041]])
+    t = linear @ matrix.T / (0.95047, 1, 1.08883)
+    f = np.where(t > 216 / 24389, np.cbrt(t), (24389 / 27 * t + 16) / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+def test_figure_7_histograms():
+    """Marginal counts of L, a and b in bins of one unit, from -110 to 110."""
+    image = torch.rand(1, 3, 24, 32, dtype=torch.float64) * 2 - 1
+    rgb = ((image[0].flatten(1).T + 1) / 2).numpy()
+    counts = pix2pix.colour_histograms(image)
+    for c in range(3):
+        expected, _ = np.histogram(numpy_lab(rgb)[:, c], bins=220, range=(-110, 110))
+        assert counts[c].sum() == expected.sum() == 24 * 32
+        assert np.abs(counts[c].numpy() - expected).sum() <= 2      # float32 at the edge of a bin
+    white = pix2pix.colour_histograms(torch.ones(1, 3, 4, 4))
+    assert white.sum(1).tolist() == [16, 16, 16] and white[0, 210] == 16    # L = 100 is not lost
+
+
+def test_figure_7_intersection():
+    """1 for equal distributions, whatever their totals; 0 for disjoint; sum_i min(p_i, q_i)."""
+    p = torch.tensor([[1.0, 3.0, 0.0, 0.0], [2.0, 0.0, 2.0, 0.0]])
+    q = torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
+    assert pix2pix.histogram_intersection(p, 7 * p).tolist() == pytest.approx([1, 1])
+    assert pix2pix.histogram_intersection(p, q).tolist() == pytest.approx([0, 0.5])
+
+
+def test_table_6_nearest_colour():
+    """Each pixel gets the class whose colour is nearest; exact colours return their ids."""
+    table = common.class_table("camvid")
+    palette = table.palette[:len(table.names)].astype(float)   # unknown is no answer
+    label = torch.arange(len(palette)).view(1, 1, -1)
+    exact = torch.from_numpy(palette / 127.5 - 1).float().T[None, :, None]
+    assert torch.equal(pix2pix.nearest_colour(exact, table), label)
+    image = torch.rand(2, 3, 5, 7) * 2 - 1
+    predicted = pix2pix.nearest_colour(image, table)
+    for b in range(2):
+        for i in range(5):
+            for j in range(7):
+                colour = (image[b, :, i, j].double().numpy() + 1) * 127.5
+                distance = [math.dist(colour, row) for row in palette]
+                assert distance[predicted[b, i, j]] == pytest.approx(min(distance), abs=1e-3)
+
+
+def test_colorization_pair_is_l_to_ab():
+    """Sec. 6.1.1: one channel in, two out. x = L / 50 - 1, y = (a, b) / 110."""
+    image = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    cfg = Config(task="colorization", size=(32, 32), levels=5, width=2)
+    pair = pix2pix.make_pair({"image": image}, cfg)
+    lab = numpy_lab(((image.movedim(1, -1).reshape(-1, 3) + 1) / 2).numpy())
+    lab = np.moveaxis(lab.reshape(2, 8, 8, 3), -1, 1)
+    assert pair["input"].numpy() == pytest.approx(lab[:, :1] / 50 - 1, abs=1e-6)
+    assert pair["image"].numpy() == pytest.approx(lab[:, 1:] / 110, abs=1e-6)
+    assert (pix2pix.to_rgb(pair["image"], pair, cfg) - image).abs().max() < 1e-4
+    G, D = pix2pix.networks(cfg)
+    assert G(pair["input"].float().repeat(1, 1, 4, 4)).shape == (2, 2, 32, 32)
+    assert D.layers[0].in_channels == 3
+
+
+def test_inpainting_whitens_the_central_square():
+    """The central square of half the side: 128 of 256, from 64; the truth stays whole."""
+    image = torch.rand(2, 3, 256, 256) * 1.8 - 0.9
+    pair = pix2pix.make_pair({"image": image}, Config(task="inpainting"))
+    expected = image.clone()
+    expected[:, :, 64:192, 64:192] = 1.0
+    assert torch.equal(pair["input"], expected) and torch.equal(pair["image"], image)
+
+
+def test_label_maps_as_colours_one_hot_and_as_output():
+    label = torch.randint(0, 12, (2, 6, 5))
+    photo = torch.rand(2, 3, 6, 5)
+    colours = common.class_table("streets").palette[label.numpy()] / 127.5 - 1     # (2, 6, 5, 3)
+    batch = {"label": label, "image": photo}
+    pair = pix2pix.make_pair(batch, Config(classes="streets"))
+    assert pair["input"].numpy() == pytest.approx(np.moveaxis(colours, -1, 1), abs=1e-6)
+    assert torch.equal(pair["image"], photo)
+    pair = pix2pix.make_pair(batch, Config(classes="streets", one_hot=True))
+    assert pair["input"].shape == (2, 12, 6, 5) and (pair["input"].sum(1) == 1).all()
+    assert torch.equal(pair["input"].argmax(1), label)
+    pair = pix2pix.make_pair(batch, Config(classes="streets", task="photo2labels"))
+    assert torch.equal(pair["input"], photo)
+    assert pair["image"].numpy() == pytest.approx(np.moveaxis(colours, -1, 1), abs=1e-6)
+    cfg = Config(classes="streets", one_hot=True, size=(32, 32), levels=5, width=2)
+    G, D = pix2pix.networks(cfg)
+    assert (G.encoder[0].conv.in_channels, D.layers[0].in_channels) == (12, 15)
+
+
+# --------------------------------------------------------------------------- Sec. 6.2, the recipe
+
+@pytest.mark.parametrize("preset, epochs, batch, jitter, direction, task", [
+    ("cityscapes", 200, 1, True, "BtoA", "labels2photo"),
+    ("cityscapes-batch10", 200, 10, True, "BtoA", "labels2photo"),
+    ("cityscapes-photo2labels", 200, 1, True, "AtoB", "photo2labels"),
+    ("facades", 200, 1, True, "BtoA", "labels2photo"),
+    ("map2aerial", 200, 1, True, "BtoA", "pairs"), ("aerial2map", 200, 1, True, "AtoB", "pairs"),
+    ("colorization", 6, 4, False, None, "colorization"),
+    ("edges2shoes", 15, 4, True, "AtoB", "pairs"), ("edges2handbags", 15, 4, True, "AtoB", "pairs"),
+    ("day2night", 17, 4, True, "BtoA", "pairs"), ("thermal2color", 10, 4, True, None, "pairs"),
+    ("inpainting", 25, 4, True, None, "inpainting")])
+def test_presets_are_the_lines_of_section_6_2(preset, epochs, batch, jitter, direction, task):
+    cfg = Config(**pix2pix.PRESETS[preset])
+    assert (cfg.epochs, cfg.batch_size, cfg.jitter, cfg.mirror) == (epochs, batch, jitter, True)
+    assert cfg.task == task and cfg.direction == (direction or cfg.direction)
+    assert (cfg.size, cfg.width, cfg.lr, cfg.decay) == ((256, 256), 64, 2e-4, False)
+    assert (cfg.loss, cfg.lambda_l1, cfg.patch, cfg.generator) == ("L1+cGAN", 100, 70, "unet")
+
+
+def test_jitter_is_286_to_256():
+    """Sec. 6.2: resize to 286 x 286, crop 256 x 256 at random."""
+    assert pix2pix.dataset(Config(limit=1), "train").load_size == (286, 286)
+    assert pix2pix.dataset(Config(limit=1), "test").load_size == (256, 256)
+
+
+def test_learning_rate_is_constant_and_decay_is_the_releases():
+    """Epochs counted from 1: full to 99, 100/101 at 100, then evenly down to 0 at 200."""
+    constant = [pix2pix.learning_rate(Config(), e) for e in range(200)]
+    assert set(constant) == {2e-4}
+    rate = {e + 1: pix2pix.learning_rate(Config(decay=True), e) / 2e-4 for e in range(200)}
+    assert all(rate[e] == 1 for e in range(1, 100))
+    assert rate[100] == pytest.approx(100 / 101) and rate[200] == pytest.approx(0, abs=1e-15)
+    assert np.diff([rate[e] for e in range(99, 201)]) == pytest.approx(-1 / 101)
+
+
+def test_decay_of_a_short_run_still_trains():
+    """The release's formula, taken literally, gives a run of one epoch a rate of 0 throughout."""
+    assert all(pix2pix.learning_rate(Config(decay=True, epochs=n), 0) > 0 for n in (2, 3))
+
+
+def test_one_batch_can_be_overfitted():
+    """Two images, 60 steps: the L1 of Eq. (4) falls to less than half."""
+    cfg = Config(size=(32, 32), levels=5, width=8, lr=2e-3, patch=16, classes="streets")
+    data = common.Dataset("", "train", (32, 32), limit=2)
+    batch = torch.utils.data.default_collate([data[0], data[1]])
+    state, pair = pix2pix.build(cfg, CPU), pix2pix.make_pair(batch, cfg)
+    torch.manual_seed(0)
+    l1 = [pix2pix.train_step(state, pair, cfg)["g_l1"].item() for _ in range(60)]
+    assert np.mean(l1[-5:]) < 0.5 * l1[0], (l1[0], l1[-5:])
+
+
+def test_speed_settings_do_not_change_the_result():
+    """Channels-last is a memory order: two steps give the same losses to 1e-4. Without dropout,
+    which draws in memory order and so meets other pixels."""
+    values = {}
+    for channels_last in (False, True):
+        cfg = Config(size=(32, 32), levels=5, width=4, patch=16, channels_last=channels_last)
+        state = pix2pix.build(cfg, CPU)
+        without_noise(state.generator)
+        torch.manual_seed(1)
+        pair = dict(zip(("input", "image"), torch.rand(2, 1, 3, 32, 32)))
+        values[channels_last] = [
+            {k: v.item() for k, v in pix2pix.train_step(state, pair, cfg).items()} for _ in "12"]
+        weight = state.generator.encoder[1].conv.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    for plain, ordered in zip(values[False], values[True]):
+        assert ordered == pytest.approx(plain, abs=1e-4)
+
+
+def test_bf16_keeps_losses_and_weights_in_float32():
+    cfg = Config(size=(32, 32), levels=5, width=4, patch=16, precision="bf16")
+    state, seen = pix2pix.build(cfg, CPU), []
+    state.generator.encoder[1].conv.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    pair = dict(zip(("input", "image"), torch.rand(2, 2, 3, 32, 32)))
+    for _ in range(2):
+        losses = pix2pix.train_step(state, pair, cfg)
+        assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    assert seen == [torch.bfloat16] * 2
+    assert all(p.dtype == torch.float32 for p in state.generator.parameters())
+
+
+# -------------------------------------------------------------------------------- Map and wording
+
+def paper_map() -> dict[str, str]:
+    """First column -> last column of the docstring's map."""
+    block = re.search(r"Paper map.*?\n(.*?)\n\n", pix2pix.__doc__, re.DOTALL).group(1)
+    cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
+    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
+    return {f"{row[0]} {row[1]}": row[2] for row in cells}
+
+
+def test_paper_map_lists_every_equation_table_and_figure():
+    listed = set()
+    for entry in paper_map():
+        for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)\)?(?:-(\d+))?", entry):
+            listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
+    missing = ({("Eq.", n) for n in range(1, 5)} | {("Table", n) for n in range(1, 7)}
+               | {("Fig.", n) for n in range(1, 22)}) - listed
+    assert not missing
+
+
+def test_paper_map_points_at_what_exists():
+    """Every name in it is one of the script's, every --flag a flag, every preset a preset."""
+    flags = {s for action in pix2pix.parser()._actions for s in action.option_strings}
+    for entry, place in paper_map().items():
+        if place.startswith(("nothing to reproduce", "notebook")):
+            continue
+        assert all(f in flags for f in re.findall(r"--[\w-]+", place)), (entry, place)
+        for key in re.findall(r'PRESETS\["([^"]+)"\]', place):
+            assert key in pix2pix.PRESETS, (entry, key)
+        words = re.findall(r"\w+", re.sub(r"--[\w-]+|\[.*?\]", "", place))
+        known = [w for w in words if hasattr(pix2pix, w)]
+        assert known, (entry, place)
+        looks_like_code = [w for w in words if "_" in w or re.search(r"[a-z][A-Z]|[A-Z]{3}", w)]
+        assert set(looks_like_code) <= set(known), (entry, place)
+        for item in place.split(", "):             # "evaluate, nearest_colour": both are names
+            if re.fullmatch(r"\w+", item):
+                assert item in known, (entry, item)
+        for class_name, keyword in re.findall(r"(\w+),? with (\w+)=", place):
+            assert keyword in getattr(pix2pix, class_name).__init__.__code__.co_varnames
+
+
+def test_every_equation_is_tagged_at_its_function():
+    for function, tags in ((pix2pix.discriminator_loss, ("Eq. (1)", "(2)")),
+                           (pix2pix.generator_loss, ("Eq. (1)", "(2)")),
+                           (pix2pix.l1_loss, ("Eq. (3)",)), (pix2pix.train_step, ("Eq. (4)",))):
+        assert all(tag in function.__doc__ for tag in tags), function.__name__
