@@ -390,6 +390,7 @@ class Dataset(torch.utils.data.Dataset):
         classes: a row of TABLES or a number; "" takes the layout's, or counts the ids in the files.
         direction: which half of a pair is the input, "AtoB" or "BtoA".
         photos_only: the task makes its own input, so a folder of photos will do.
+        instances: read the instance maps, where there are any.
         limit: use the first so many examples; 0 is all.
 
     What is random about item i depends on (seed, epoch, i) alone: not on the number of workers, nor
@@ -400,7 +401,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
                  jitter: bool = False, mirror: bool = False, classes: str = "",
-                 direction: str = "AtoB", photos_only: bool = False, limit: int = 0, seed: int = 0):
+                 direction: str = "AtoB", photos_only: bool = False, instances: bool = True,
+                 limit: int = 0, seed: int = 0):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
         self.direction, self.cache = direction, {}
         if data:
@@ -414,7 +416,8 @@ class Dataset(torch.utils.data.Dataset):
             if not pairs:
                 raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
                                 f"its {split} split")
-            self.files = [pairs[name] for name in self.names]
+            self.files = [{role: path for role, path in pairs[name].items()
+                           if role != "instance" or instances} for name in self.names]
             self.classes = classes or self.layout.classes or self.count_classes()
         else:
             if size is not None and min(size) < 32:
@@ -457,7 +460,10 @@ class Dataset(torch.utils.data.Dataset):
         if not self.data:
             return
         for files in self.files[:1000]:
-            sizes = {role: open_image(path).size for role, path in files.items()}
+            sizes = {}
+            for role, path in files.items():
+                with open_image(path) as image:
+                    sizes[role] = image.size
             if len(set(sizes.values())) > 1:     # headers do not know of EXIF's turning
                 sizes = {role: pixels(path, open_image(path)).shape[1::-1]
                          for role, path in files.items()}
@@ -1581,19 +1587,21 @@ def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str =
     """
     made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
             "width": width, "steps": steps, "vgg": weights}
-    rng_state, epoch = torch.get_rng_state(), train.epoch
-    net = FCN8s(len(train.table.names), width).to(device)
-    torch.set_rng_state(rng_state)
-    if cache.is_file():
-        stored = load_file(cache, "delete it; it will be trained again")
-        if stored.get("made") == made:
-            net.load_state_dict(stored["scorer"])
-            return net.eval()
+    stored = load_file(cache, "delete it; it will be trained again") if cache.is_file() else {}
+    known = stored.get("made") == made
+    if stored and not known:
         notice(f"{cache}: another scorer ({stored.get('made')}); training a new one")
-    if width != 64 and weights == "imagenet":
+    if not known and width != 64 and weights == "imagenet":
         raise UserError(f"--scorer-width {width}: ImageNet's VGG-16 has width 64; use --vgg random")
-    torch.default_generator.manual_seed(0)
+    rng_state, epoch = torch.get_rng_state(), train.epoch
+    torch.default_generator.manual_seed(0)      # the same scorer whatever happened before
     net = FCN8s(len(train.table.names), width)
+    if known:
+        torch.set_rng_state(rng_state)
+        net.load_state_dict(stored["scorer"])
+        return net.to(device).eval()
+    if weights == "random":
+        notice("the scorer starts from random weights, not from ImageNet's")
     vgg_weights(net.trunk, 16, weights)
     net.to(device).train()
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)

@@ -525,7 +525,7 @@ def pick_device(cfg: Config) -> torch.device:
     """The device of this process. Under torchrun it also joins the other processes."""
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpu = cfg.gpu if cfg.gpu is not None else int(os.environ.get("LOCAL_RANK", 0)) if n else -1
-    if (cfg.gpu or 0) > -1 and cfg.gpu is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cfg.gpu is not None and cfg.gpu >= 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"--gpu {gpu}: torchrun gives each process its own GPU; leave the flag out")
     if not -1 <= gpu < n:
         here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
@@ -572,7 +572,7 @@ def save_checkpoint(state: State, cfg: Config) -> None:
     for net in (state.generator, state.discriminator):
         if net is not None and not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(f"a weight is nan or infinite after step {state.step}: stopped; the "
-                            "last good checkpoint is kept. A smaller --lr may help, or --precision fp32")
+                            "last good checkpoint is kept. A smaller --lr may help")
     content = {"script": "pix2pix", "config": asdict(cfg)}
     for name, value in vars(state).items():
         content[name] = plain(value).state_dict() if hasattr(value, "state_dict") else value
@@ -694,7 +694,7 @@ class Log:
             raise UserError(
                 f"loss {names[column]} is {values[row, column]} at step "
                 f"{state.step - len(values) + 1 + row}: stopped; the last good checkpoint is kept. "
-                "A smaller --lr may help, or --precision fp32")
+                "A smaller --lr may help")
         span = time.time() - self.begun
         row = {"step": state.step, "epoch": state.epoch}
         row |= {k: f"{v:.5g}" for k, v in zip(names, values.mean(0).tolist())}
@@ -721,12 +721,12 @@ class Log:
         figure.savefig(self.path.with_name("losses.png"), dpi=120, bbox_inches="tight")
 
 
-def dataset(cfg: Config, split: str) -> common.Dataset:
+def dataset(cfg: Config, split: str, instances: bool = False) -> common.Dataset:
     train = split == "train"
     return common.Dataset(
         cfg.data, split, cfg.size, jitter=train and cfg.jitter, mirror=train and cfg.mirror,
         classes=cfg.classes, direction=cfg.direction, limit=cfg.limit, seed=cfg.seed,
-        photos_only=cfg.task in ("colorization", "inpainting"))
+        photos_only=cfg.task in ("colorization", "inpainting"), instances=instances)
 
 
 def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
@@ -1140,7 +1140,7 @@ def report(metrics: dict, cfg: Config) -> None:
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
     """Fig. 7a-c: log probability of L, a and b, output against truth."""
-    figure = matplotlib.figure.Figure(figsize=(11, 3))
+    figure = matplotlib.figure.Figure(figsize=(11, 3), layout="constrained")
     for c, axes in enumerate(figure.subplots(1, 3)):
         for (row, h), style in zip(histograms.items(), ("-", ":")):
             share = h[c] / h[c].sum()
@@ -1338,8 +1338,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_config(cfg)
     if mode == "check":
         cfg = replace(cfg, jitter=False, mirror=False)
-        bad = common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                                Path(cfg.out) if cfg.out else next_run("check"))
+        splits = [dataset(cfg, split, instances=True) for split in ("train", "test")]
+        bad = common.check_data(splits, Path(cfg.out) if cfg.out else next_run("check"))
         if bad:
             raise UserError(f"--data {cfg.data}: {bad} bad file(s), listed above")
     elif mode == "trace":
