@@ -914,10 +914,11 @@ def pair_of(item: dict, cfg: Config, device: torch.device) -> dict:
 
 
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, device: torch.device) -> None:
-    """samples/<step>.png: input | output | truth of the first six test examples, two in a row."""
+    """samples/<step>.png: input | output | truth of six test examples, evenly spread, two a row."""
     generator, tiles = test_time(state, cfg), []
-    for i in range(min(6, len(test_set))):
-        pair = pair_of(test_set[i], cfg, device)
+    n = min(6, len(test_set))
+    for i in range(n):
+        pair = pair_of(test_set[i * len(test_set) // n], cfg, device)
         torch.manual_seed(cfg.seed)             # the same noise in every grid
         values = [pair["input"], translate(generator, pair["input"]), pair.get("image")]
         tiles += [to_rgb(value, pair, cfg).cpu() for value in values if value is not None]
