@@ -158,9 +158,10 @@ PRESETS = {
     "thermal2color": dict(task="pairs", epochs=10, batch_size=4),                   # 36 609
     "inpainting": dict(task="inpainting", epochs=25, batch_size=4),                 # 14 900
     # Ours, for the streets on a laptop's CPU. Adam moves each weight by about lr, however few there
-    # are: a net of a quarter of the width needs a larger one to change its output as fast.
-    "toy": dict(size=(128, 128), width=16, epochs=8, lr=2e-3, vgg="random", scorer_width=16,
-                scorer_steps=600),
+    # are: a net of a quarter of the width needs a larger one to change its output as fast; the decay
+    # then calms it in the few epochs that there are.
+    "toy": dict(size=(128, 128), width=16, levels=5, epochs=8, lr=2e-3, decay=True, vgg="random",
+                scorer_width=16, scorer_steps=600),
 }
 PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: its halvings
 CHOICES = {
