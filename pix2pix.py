@@ -158,8 +158,8 @@ PRESETS = {
     "thermal2color": dict(task="pairs", epochs=10, batch_size=4),                   # 36 609
     "inpainting": dict(task="inpainting", epochs=25, batch_size=4),                 # 14 900
     # Ours, for the streets on a laptop's CPU. Adam moves each weight by about lr, however few there
-    # are: a net of a quarter of the width needs a larger one to change its output as fast; the decay
-    # then calms it in the few epochs that there are.
+    # are: a net of a quarter of the width needs a larger one to change its output as fast. The
+    # decay then calms it within the few epochs that there are.
     "toy": dict(size=(128, 128), width=16, levels=5, epochs=8, lr=2e-3, decay=True, vgg="random",
                 scorer_width=16, scorer_steps=600),
 }
