@@ -1,5 +1,6 @@
 """Fixtures that every test file may use. The scripts stand one folder up, beside this one."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+import common  # noqa: E402
+
 torch.set_num_threads(1)                          # tiny networks: threads cost more than they give
 
 
@@ -22,7 +25,19 @@ def keep_process_clean(tmp_path, monkeypatch):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     rng = torch.get_rng_state()
     torch.manual_seed(0)
+    common.notice.cache_clear()                   # a notice is printed once per process
     yield
     torch.set_rng_state(rng)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """A UserError of one line that contains all words."""
+    with pytest.raises(common.UserError) as caught:
+        yield
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in: {text}"

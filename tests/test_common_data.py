@@ -4,7 +4,6 @@ Every file is written by the test. The number of an example is written into its 
 pair is seen by its values, whatever the files are called.
 """
 
-import contextlib
 import io
 import os
 import random
@@ -22,24 +21,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+from conftest import refused  # noqa: E402
 from common import Dataset, UserError, class_table  # noqa: E402
 from common import read_image, read_instance, read_label  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices():
-    common.notice.cache_clear()                      # a notice is printed once per process
-
-
-@contextlib.contextmanager
-def refused(*words):
-    """A UserError of one line that contains all words."""
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    for word in words:
-        assert str(word) in text, f"{word!r} is not in: {text}"
 
 
 def write(path: Path, array, **options) -> Path:

@@ -3,7 +3,6 @@
 The oracles: torchvision's own VGG, numpy loops, and the rank of an upsampled map.
 """
 
-import contextlib
 import math
 import os
 import pickle
@@ -16,30 +15,15 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-from common import FCN8s, UserError, VGGFeatures, class_table, load_file, save_file  # noqa: E402
+from conftest import refused  # noqa: E402
+from common import FCN8s, VGGFeatures, class_table, load_file, save_file  # noqa: E402
 
 LETTER = {16: "D", 19: "E"}                          # Simonyan & Zisserman's columns
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-
-@pytest.fixture(autouse=True)
-def fresh_notices():
-    common.notice.cache_clear()
-
-
-@contextlib.contextmanager
-def refused(*words):
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    for word in words:
-        assert str(word) in text, f"{word!r} is not in: {text}"
 
 
 @pytest.fixture(scope="module")
