@@ -387,6 +387,7 @@ class Dataset(torch.utils.data.Dataset):
         data: the folder; "" for the streets.    split: "train" or "test".
         size: (H, W) of the items; None keeps each file's own (then only batches of one).
         jitter: enlarge by 286/256 and crop back at random.    mirror: flip, half the time.
+        crop: (H, W) of a random window of each item; (0, 0) keeps it whole.
         classes: a row of TABLES or a number; "" takes the layout's, or counts the ids in the files.
         direction: which half of a pair is the input, "AtoB" or "BtoA".
         photos_only: the task makes its own input, so a folder of photos will do.
@@ -400,9 +401,9 @@ class Dataset(torch.utils.data.Dataset):
     STREETS = {"train": (0, 400), "test": (1_000_000, 50)}       # first index, how many
 
     def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
-                 jitter: bool = False, mirror: bool = False, classes: str = "",
-                 direction: str = "AtoB", photos_only: bool = False, instances: bool = True,
-                 limit: int = 0, seed: int = 0):
+                 jitter: bool = False, mirror: bool = False, crop: tuple[int, int] = (0, 0),
+                 classes: str = "", direction: str = "AtoB", photos_only: bool = False,
+                 instances: bool = True, limit: int = 0, seed: int = 0):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
         self.direction, self.cache = direction, {}
         if data:
@@ -434,7 +435,8 @@ class Dataset(torch.utils.data.Dataset):
             raise UserError(f"--direction BtoA: {data} has no B in its {split} split")
         self.load_size = size and tuple(round(s * 286 / 256) if jitter else s for s in size)
         flip = [v2.RandomHorizontalFlip(0.5)] if mirror else []
-        crop = [v2.RandomCrop(size)] if jitter and size else []
+        window = crop if all(crop) else size if jitter else None
+        crop = [v2.RandomCrop(window)] if window else []
         self.transform = v2.Compose(crop + flip + [v2.ToPureTensor()])
 
     def __len__(self) -> int:
@@ -1520,6 +1522,13 @@ class VGGFeatures(nn.Module):
         self.normalise = normalise
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Nothing: a checkpoint need not hold weights that --vgg names and nobody trains."""
+        return {}
+
+    def load_state_dict(self, state_dict, *args, **kwargs) -> None:
+        """Nothing to restore."""
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = ((image + 1) / 2 - self.mean) / self.std if self.normalise else image

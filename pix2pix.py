@@ -490,7 +490,11 @@ def learning_rate(cfg: Config, epoch: int) -> float:
     return cfg.lr * (1 - falling) if cfg.decay else cfg.lr
 
 
-# From here to the end of this room everything is the same in all four scripts.
+# From here to Log all is word for word the same in the four scripts, but for these two names.
+
+NAME = "pix2pix"
+NETWORKS = ("generator", "discriminator")       # in State
+
 
 def memory_format(cfg: Config, device: torch.device) -> torch.memory_format:
     on = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
@@ -500,16 +504,21 @@ def memory_format(cfg: Config, device: torch.device) -> torch.memory_format:
 def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """Autocast, torch.compile and DistributedDataParallel, as asked for, around a network."""
     if cfg.precision == "bf16":                 # losses and optimisers stay in float32
-        forward = net.forward
-        net.forward = lambda *x: torch.autocast(device.type, torch.bfloat16)(forward)(*x).float()
+        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        net.forward = lambda *x: to_float(forward(*x))
     if cfg.compile:
         net.compile()                           # in place: names in the checkpoint stay as they are
-    if dist.is_initialized():
+    if dist.is_initialized() and any(p.requires_grad for p in net.parameters()):
         if device.type == "cuda":               # on the CPU each process has its own statistics
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         ids = [device.index] if device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False)
     return net
+
+
+def to_float(output):
+    """float32 of a tensor, or of every tensor in a list."""
+    return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
 
 
 def plain(net: nn.Module) -> nn.Module:
@@ -570,11 +579,11 @@ class Stop:
 
 def save_checkpoint(state: State, cfg: Config) -> None:
     """Everything that resuming needs, as plain tensors and numbers, in one file."""
-    for net in (state.generator, state.discriminator):
+    for net in (getattr(state, name) for name in NETWORKS):
         if net is not None and not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(f"a weight is nan or infinite after step {state.step}: stopped; the "
                             "last good checkpoint is kept. A smaller --lr may help")
-    content = {"script": "pix2pix", "config": asdict(cfg)}
+    content = {"script": NAME, "config": asdict(cfg)}
     for name, value in vars(state).items():
         content[name] = plain(value).state_dict() if hasattr(value, "state_dict") else value
     common.save_file(content, Path(cfg.out) / "checkpoint.pt")
@@ -582,13 +591,13 @@ def save_checkpoint(state: State, cfg: Config) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """The content of a checkpoint, or {"released": weights} of a file that is not ours."""
-    stored = common.load_file(path, "give a checkpoint of pix2pix.py")
+    stored = common.load_file(path, f"give a checkpoint of {NAME}.py")
     if "script" not in stored:
         if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored.items()):
-            raise UserError(f"{path}: neither a checkpoint of pix2pix.py nor a dict of weights")
+            raise UserError(f"{path}: neither a checkpoint of {NAME}.py nor a dict of weights")
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
-    if stored["script"] != "pix2pix":
-        raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of pix2pix.py")
+    if stored["script"] != NAME:
+        raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
     return stored
 
 
@@ -621,11 +630,11 @@ def load_networks(state: State, path: Path) -> None:
     stored = read_checkpoint(path)
     if "released" in stored:
         stored = rename_released(stored["released"], path)
-    both = [name for name in ("generator", "discriminator")
-            if getattr(state, name) is not None and stored.get(name) is not None]
-    if not both:
+    shared = [name for name in NETWORKS
+              if getattr(state, name) is not None and stored.get(name) is not None]
+    if not shared:
         raise UserError(f"{path}: holds {', '.join(stored)}, of which this run uses nothing")
-    for name in both:
+    for name in shared:
         net, theirs = getattr(state, name), stored[name]
         own = plain(net).state_dict()
         shapes = {k: tuple(v.shape) for k, v in own.items() if "num_batches" not in k}
@@ -637,7 +646,7 @@ def load_networks(state: State, path: Path) -> None:
         plain(net).load_state_dict(own | theirs)
 
 
-def next_run(kind: str = "pix2pix") -> Path:
+def next_run(kind: str = NAME) -> Path:
     """The next free runs/<kind>-N, claimed by making it."""
     for n in range(1, 10 ** 6):
         path = Path("runs") / f"{kind}-{n}"
@@ -652,9 +661,9 @@ def next_run(kind: str = "pix2pix") -> Path:
 
 def newest_run() -> Path:
     """The folder in runs/ whose checkpoint is the youngest."""
-    runs = sorted(Path("runs").glob("pix2pix-*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    runs = sorted(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise UserError("runs/: no run of pix2pix.py yet; train first, or say --checkpoint FILE")
+        raise UserError(f"runs/: no run of {NAME}.py yet; train first, or say --checkpoint FILE")
     return runs[-1].parent
 
 
