@@ -228,6 +228,10 @@ def check_config(cfg: Config) -> None:
             raise UserError(f"--{name} {h} {w}: G halves each side {cfg.downs + cfg.enhancers} "
                             f"times, so it must be a multiple of {unit} and at least {2 * unit}; "
                             f"the nearest is --{name} {near[0]} {near[1]}")
+    if not cfg.data and min(plan(cfg)[0].cfg.size) < 32:
+        raise UserError(f"--size {cfg.size[0]} {cfg.size[1]}: the first stage would see "
+                        "{} x {} pixels".format(*plan(cfg)[0].cfg.size)
+                        + "; the streets need at least 32 x 32")
     if cfg.crop[0] > cfg.size[0] or cfg.crop[1] > cfg.size[1]:
         raise UserError(f"--crop {cfg.crop[0]} {cfg.crop[1]}: larger than --size {cfg.size[0]} "
                         f"{cfg.size[1]}")
@@ -487,7 +491,7 @@ class Encoder(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.layers(x))
+        return self.output(self.layers(x))[..., :x.shape[2], :x.shape[3]]  # made even
 
 
 def instance_average(z: Tensor, region: Tensor) -> Tensor:
@@ -727,7 +731,8 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     s = F.one_hot(label, class_table(cfg.classes).channels).movedim(-1, 1).float()
     if cfg.boundary:
         s = torch.cat([s, boundary_map(batch["instance"])], 1)
-    return batch | {"input": s, "region": batch["instance"] if cfg.pool == "instance" else label}
+    region = batch.get("instance", label) if cfg.pool == "instance" else label
+    return batch | {"input": s, "region": region}
 
 
 def style_of_photo(encoder: nn.Module, x: Tensor, region: Tensor, stored: bool = False) -> Tensor:
@@ -1068,7 +1073,12 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
         raise UserError(f"--batch-size {cfg.batch_size}: a step needs {images} images, training "
                         f"has {len(train_set)}")
     check_config(cfg)
-    return cfg, train_set, dataset(cfg, "test")
+    test_set = dataset(cfg, "test")
+    if (cfg.boundary or cfg.features and cfg.pool == "instance") and (
+            "instance" not in test_set.roles):
+        raise UserError(f"--data {cfg.data}: instance maps for training, but none for testing; add "
+                        "them, or train with --no-boundary (and --pool label)")
+    return cfg, train_set, test_set
 
 
 def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, device: torch.device):
@@ -1105,10 +1115,12 @@ def train(cfg: Config, resume: bool = False) -> Path:
     state = build(stages[stored["stage"] if resume else 0].cfg, device)
     if resume:
         restore(state, stored)
-        if stages[state.stage].first > state.epoch:
-            raise UserError(f"--epochs {cfg.epochs}: stage {state.stage + 1}, "
-                            f"{stages[state.stage].name}, has begun already after epoch "
-                            f"{state.epoch}; only --fine-epochs of the last enhancer can grow")
+        begun = [[s.first for s in some[:state.stage + 1]]
+                 for some in (stages, plan(Config(**stored["config"])))]
+        if begun[0] != begun[1]:
+            raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
+                            f"stages that have begun (at epochs {begun[1]}, now {begun[0]}); only "
+                            "the last stage can grow")
     if state.step >= total:
         raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
                         "--epochs or --steps goes on")
@@ -1283,15 +1295,9 @@ def reconstruct(state: State, pair: dict, cfg: Config) -> Tensor:
 
 
 def encode_photo(state: State, x: Tensor, region: Tensor, cfg: Config) -> Tensor:
-    """style_of_photo for any size: mirrored up to what E can halve, and cropped."""
-    h, w = x.shape[-2:]
-    unit = 2 ** cfg.downs * (2 if cfg.stored_features else 1)
-    rows, columns = (reflect(side, max(-side % unit, 2 * unit - side)).to(x.device)
-                     for side in (h, w))
-    stored = cfg.stored_features and cfg.enhancers > 0
-    z = style_of_photo(plain(state.encoder), x[..., rows, :][..., columns],
-                       region[..., rows, :][..., columns], stored)
-    return z[..., :h, :w]
+    """z = E(x) per object as in training: (B, 3, H, W), (B, H, W) -> (B, C, H, W), any size."""
+    return style_of_photo(plain(state.encoder), x, region,
+                          cfg.stored_features and cfg.enhancers > 0)
 
 
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, device: torch.device) -> None:
@@ -1301,8 +1307,9 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, device: tor
         pair = pair_of(test_set[i * len(test_set) // n], cfg, device)
         if "image" in pair:
             values = [picture_of(pair, cfg), reconstruct(state, pair, cfg), pair["image"]]
-        else:
-            values = [picture_of(pair, cfg), synthesise(state, pair, cfg, cfg.seed)]
+        else:                                   # styles of a few photos, for this picture only
+            brief = replace(state, styles={}, means={}), pair, replace(cfg, limit=20), cfg.seed
+            values = [picture_of(pair, cfg), synthesise(*brief)]
         tiles += [value.cpu() for value in values]
     path = Path(cfg.out) / "samples" / f"{state.step:07d}.png"
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
@@ -1423,6 +1430,9 @@ def read_clusters(path: Path) -> dict[int, Tensor]:
 def need_styles(state: State, cfg: Config) -> None:
     """Styles of an interrupted run are not in its checkpoint yet."""
     if not state.styles:
+        if not cfg.data and cfg.classes != "streets":
+            raise UserError("styles are read off training photos: name them with --data, or one "
+                            "photo and its labels with --reference")
         notice("no styles in the checkpoint yet: encoding the training photos; the mode encode "
                "keeps them")
         encode(cfg, state)
@@ -1467,6 +1477,8 @@ def styles_of_reference(state: State, reference: dict, label: Tensor, cfg: Confi
     out = torch.zeros(1, z.shape[0], *label.shape[1:], device=z.device)
     for kind in label.unique().tolist():
         there = reference["label"][0] == kind
+        if not there.any():
+            need_styles(state, cfg)
         value = z[:, there][:, 0] if there.any() else centres_of(state, kind)[0].to(z.device)
         out[0, :, label[0] == kind] = value[:, None]
     return out
@@ -1478,8 +1490,8 @@ def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0, vary: tuple
     """The test-time image (1, 3, H, W): no photo is seen; styles are drawn, or a reference's."""
     s = pair["input"]
     if state.encoder is not None:
-        need_styles(state, cfg)
         if reference is None:
+            need_styles(state, cfg)
             z = draw_styles(state, pair["label"], pair["region"], seed, vary)
         else:
             z = styles_of_reference(state, reference, pair["label"], cfg)
@@ -1559,13 +1571,19 @@ class Editor:
             self.z[:, mask] = value[:, None]
         self.label[mask], self.instance[mask] = kind, number
 
+    def countable(self, kind: int) -> bool:
+        """Whether a class comes as things; of nameless classes, whether their ids say so."""
+        if self.table.things:
+            return self.name(kind) in self.table.things
+        return bool((self.instance[self.label == kind] != kind).any())
+
     def free_id(self, kind: int) -> int:
         """The id for a new object: stuff joins its like or has the class as its id, things have
         class * 1000 + k. An id that something else has is never taken."""
         used = set(self.instance.unique().tolist())
         number = kind * 1000
-        if self.name(kind) not in self.table.things:
-            same = self.instance[self.label == kind]
+        same = self.instance[self.label == kind]
+        if not self.countable(kind):
             if len(same):
                 return int(same.mode().values)
             number = number if kind in used else kind
@@ -1630,8 +1648,8 @@ class Editor:
         kind = int(self.label[mask].mode().values)
         self.keep()
         value = None if self.z is None else self.z[:, mask][:, 0].clone()
-        thing = self.name(kind) in self.table.things        # stuff stays the one object that it is
-        self.assign(target, kind, self.free_id(kind) if thing else number, value)
+        number = self.free_id(kind) if self.countable(kind) else number
+        self.assign(target, kind, number, value)
         return self
 
     def paint(self, top: int, left: int, bottom: int, right: int, name: str | int) -> "Editor":
@@ -1693,12 +1711,14 @@ def read_input(path: Path, cfg: Config, instances: str = "") -> dict:
     if cfg.task == "pairs":
         return {"input": common.read_image(path).float() / 127.5 - 1, "name": path.stem}
     item = {"label": common.read_label(path, class_table(cfg.classes)), "name": path.stem}
-    if cfg.boundary or cfg.pool == "instance":
+    if instances or cfg.boundary or cfg.features and cfg.pool == "instance":
         if not instances:
             raise UserError(f"{path}: this run was trained with instance maps; name the file or "
                             "the folder that holds them with --instances")
         there = Path(instances)
         where = there if there.is_file() else there / path.name
+        if not where.exists():                  # Cityscapes
+            where = there / path.name.replace("labelIds", "instanceIds")
         if where.resolve() == path.resolve():
             notice(f"{path}: ids of classes serve as ids of objects")
         item["instance"] = common.read_instance(where)
@@ -1813,7 +1833,7 @@ def apply_edit(editor: Editor, kind: str, text: str) -> None:
             editor.set_class(*numbers, right)
         elif kind == "style":
             editor.set_style(*numbers, int(right))
-        elif kind == "remove":
+        elif kind == "remove" and numbers:
             editor.remove(*numbers, right or None)
         elif kind == "paste":
             editor.paste(*numbers, *(int(n) for n in right.split(",")))
@@ -1877,12 +1897,13 @@ def evaluate(cfg: Config, state: State) -> dict:
     if cfg.task == "pairs":
         raise UserError("evaluate scores images by their label maps; this run's inputs are "
                         "pictures; use sample")
+    if "image" not in test_set.roles:
+        raise UserError(f"--data {cfg.data}: its test split has no photos, so there is no truth to "
+                        "compare with; use sample")
     table, scorer = class_table(cfg.classes), scorer_for(cfg, device)
     confusion, contrast, l1 = {}, {}, []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair = pair_of(test_set[i], cfg, device)
-        if "image" not in pair:
-            raise UserError(f"{pair['name']}: no truth to compare with; use sample")
         x_hat = synthesise(state, pair, cfg, cfg.seed)
         l1.append((x_hat - pair["image"]).abs().mean().item())
         for row, view in {"output": x_hat, "truth": pair["image"]}.items():
@@ -1894,8 +1915,10 @@ def evaluate(cfg: Config, state: State) -> dict:
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1)}
     metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
     for row, values in contrast.items():
-        metrics[row]["border contrast"] = torch.cat(values).mean().item()
+        if len(torch.cat(values)):              # some objects of one class touch
+            metrics[row]["border contrast"] = torch.cat(values).mean().item()
     report(metrics, cfg)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return metrics
 
@@ -2097,7 +2120,7 @@ FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "clusters", "min_area", "
                        "scorer_steps"}
 
 
-def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
+def load_for_test(mode: str, given: dict, call: dict) -> tuple[Config, State]:
     """Networks and config of --checkpoint or the newest run. A released G tells its own shape."""
     paths = [Path(p) for p in call.get("checkpoint", ())] or [
         (Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"]
@@ -2109,7 +2132,8 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
                         "out")
     else:
         cfg = stored_config(stored, paths[0], given, FREE_AT_TEST)
-        cfg = replace(plan(cfg)[stored["stage"]].cfg, out=given.get("out", str(paths[0].parent)))
+        cfg = replace(plan(cfg)[stored["stage"]].cfg, out=given.get("out", str(paths[0].parent)),
+                      crop=(0, 0))
         cfg = replace(cfg, **{k: given[k] for k in ("size",) if k in given})
     check_config(cfg)
     vgg = {"loss": "GAN+FM"} if "VGG" in cfg.loss else {}          # testing needs no VGG-19
@@ -2118,6 +2142,9 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
         load_networks(state, path)
     for name in {"styles", "means"} & stored.keys():
         setattr(state, name, stored[name])
+    if state.encoder is not None and "config" in stored and mode != "encode" and (
+            "reference" not in call):           # with as many photos as the run had
+        need_styles(state, replace(cfg, limit=stored["config"]["limit"]))
     return cfg, state
 
 
@@ -2166,11 +2193,16 @@ def main(arguments: list[str] | None = None) -> None:
         if mode not in CALL[name]:
             what = f"--{call[name][0][0]}" if name == "edits" else flag(name)
             raise UserError(f"{what} goes with {' or '.join(CALL[name])}, not with {mode}")
+    if "instances" in call and "input" not in call:
+        raise UserError("--instances: goes with --input, whose instance maps it names")
+    for name, other in (("item", "input"), ("samples", "reference"), ("vary", "reference")):
+        if name in call and other in call:
+            raise UserError(f"--{name} with --{other}: only one of them can choose")
     resume = call.get("resume", False)
     if resume and "preset" in call:
         raise UserError(f"--preset {call['preset']} with --resume: the run knows its settings")
     if mode in ("sample", "evaluate", "edit", "encode"):
-        cfg, state = load_for_test(given, call)
+        cfg, state = load_for_test(mode, given, call)
         if mode == "evaluate":
             evaluate(cfg, state)
         elif mode == "encode":
@@ -2192,6 +2224,8 @@ def main(arguments: list[str] | None = None) -> None:
         if given.get("generator", "coarse-to-fine") != "coarse-to-fine":
             shape = shape | {"enhancers": 0}
         cfg = replace(Config(), **shape | given)
+        if cfg.stage in ("enhancer", "joint") and not cfg.init:
+            notice(f"--stage {cfg.stage} without --init: G1 starts from random weights")
     check_config(cfg)
     if mode == "check":
         splits = [dataset(replace(cfg, mirror=False, crop=(0, 0)), s) for s in ("train", "test")]
@@ -2227,6 +2261,11 @@ def encode_again(cfg: Config, state: State, call: dict) -> None:
                         "--features 3"))
     if "clusters_file" in call:
         state.styles = read_clusters(Path(call["clusters_file"]))
+        n = class_table(cfg.classes).channels
+        if not state.styles or any(k not in range(n) or v.shape[1] != cfg.features
+                                   for k, v in state.styles.items()):
+            raise UserError(f"{call['clusters_file']}: holds classes {sorted(state.styles)}; this "
+                            f"run has classes 0 to {n - 1}, with {cfg.features} numbers each")
     else:
         encode(cfg, state)
     common.save_file(stored | {"styles": state.styles, "means": state.means}, path)
