@@ -956,7 +956,7 @@ def test_styles_cannot_be_edited_without_an_encoder(mute, capsys):
 
 
 def test_the_editor_is_as_strict_in_a_notebook(city):
-    cfg, state = pix2pixhd.load_for_test({"out": str(city)}, {})
+    cfg, state = pix2pixhd.load_for_test("sample", {"out": str(city)}, {})
     editor = pix2pixhd.Editor(state, cfg, pix2pixhd.dataset(cfg, "test")[0])
     with refused("object 5", 26000):
         editor.set_class(5, "car")
@@ -1044,7 +1044,7 @@ def test_released_weights_tell_their_own_shape(theirs, city):
     call(f"sample --checkpoint {theirs['RGB']} --gpu -1 --input {picture(Path('p.png'), 33, 47)} "
          "--output c.png")
     assert size_of("c.png") == (47, 33)
-    cfg, state = pix2pixhd.load_for_test({"gpu": -1}, {"checkpoint": (str(theirs["G2"]),),
+    cfg, state = pix2pixhd.load_for_test("sample", {"gpu": -1}, {"checkpoint": (str(theirs["G2"]),),
                                                        "input": "a.png"})
     assert (cfg.width, cfg.downs, cfg.blocks, cfg.enhancers, cfg.enhancer_blocks, cfg.boundary) \
         == (4, 2, 2, 1, 1, True)
