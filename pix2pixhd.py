@@ -173,9 +173,13 @@ PRESETS = {
     # Ours. "small" is the study of the fact sheet's size: 2 million parameters.
     "small": dict(size=(128, 256), enhancers=0, width=16, downs=3, blocks=6, d_width=16, e_width=8,
                   features=3, loss="GAN+FM", vgg="random", scorer_width=16, scorer_steps=600),
-    "toy": dict(size=(128, 256), width=16, downs=3, blocks=4, scales=2, d_width=16, features=3,
-                e_width=8, loss="GAN+FM", vgg="random", lr=1e-3, epochs=4, fine_epochs=4,
-                enhancer_epochs=1, min_area=0.002, scorer_width=16, scorer_steps=600),
+    # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so feature
+    # matching, the steadier of the two losses, weighs more; a hundred photos, so that E and the
+    # learning rate's decay, which goes by epochs, see several passes.
+    "toy": dict(size=(128, 256), limit=100, width=32, downs=2, blocks=3, enhancer_blocks=2,
+                scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM", lambda_fm=50.0, lr=3e-4,
+                epochs=5, fine_epochs=4, enhancer_epochs=1, min_area=0.002, vgg="random",
+                scorer_width=16, scorer_steps=600),
 }
 CHOICES = {
     "task": ("labels2photo", "pairs"), "direction": ("AtoB", "BtoA"),
