@@ -173,9 +173,9 @@ PRESETS = {
     # Ours. "small" is the study of the fact sheet's size: 2 million parameters.
     "small": dict(size=(128, 256), enhancers=0, width=16, downs=3, blocks=6, d_width=16, e_width=8,
                   features=3, loss="GAN+FM", vgg="random", scorer_width=16, scorer_steps=600),
-    # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so feature
-    # matching, the steadier of the two losses, weighs more; a hundred photos, so that E and the
-    # learning rate's decay, which goes by epochs, see several passes.
+    # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so that
+    # feature matching, the steadier of the two losses, weighs more; a hundred photos, so that E and
+    # the learning rate, which falls by epochs, see several passes.
     "toy": dict(size=(128, 256), limit=100, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM", lambda_fm=50.0, lr=3e-4,
                 epochs=5, fine_epochs=4, enhancer_epochs=1, min_area=0.002, vgg="random",
@@ -1619,17 +1619,22 @@ class Editor:
         return self
 
     def remove(self, number: int, name: str | int | None = None) -> "Editor":
-        """Take an object out; a class, or what borders on it, grows into the hole."""
+        """Take an object out; a class, or the stuff that borders on it, grows into the hole."""
         hole = self.where(number)
         if name is not None:
             return self.set_class(number, name)
         if hole.all():
             raise UserError(f"object {number}: fills the image; nothing borders on it")
         self.keep()
-        hole = hole.clone()
+        hole, things = hole.clone(), torch.zeros_like(hole)
+        for kind in self.label.unique().tolist():
+            things |= (self.label == kind) & self.countable(kind)
+        left = -1
         while hole.any():                       # a pixel a turn, from all four sides
+            things &= int(hole.sum()) != left   # stuck between things only: then these must do
+            left = int(hole.sum())
             for shift, axis in ((1, 1), (-1, 1), (-1, 0), (1, 0)):
-                source = hole.roll(shift, axis)
+                source = (hole | things).roll(shift, axis)
                 ends = [slice(None)] * 2        # roll wraps round: the first line has no neighbour
                 ends[axis] = 0 if shift == 1 else -1
                 source[tuple(ends)] = True
