@@ -178,7 +178,7 @@ PRESETS = {
     # the learning rate, which falls by epochs, see several passes.
     "toy": dict(size=(128, 256), limit=100, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM", lambda_fm=50.0, lr=3e-4,
-                epochs=5, fine_epochs=4, enhancer_epochs=1, min_area=0.002, vgg="random",
+                epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002, vgg="random",
                 scorer_width=16, scorer_steps=600),
 }
 CHOICES = {
@@ -1143,8 +1143,8 @@ def train(cfg: Config, resume: bool = False) -> Path:
             number = max(i for i, s in enumerate(stages) if s.first <= state.epoch)
             if number != state.stage:
                 state = grow(state, replace(stages[number].cfg, out=cfg.out), device)
-            if stage is not stages[number]:
-                stage = stages[number]
+            before, stage = stage, stages[number]
+            if before is None or stage.cfg.enhancers > before.cfg.enhancers:     # a larger size
                 train_set, test_set = (dataset(stage.cfg, split) for split in ("train", "test"))
             for optimiser in (state.opt_g, state.opt_d):
                 optimiser.param_groups[0]["lr"] = learning_rate(stage, state.epoch)
