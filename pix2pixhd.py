@@ -178,7 +178,7 @@ PRESETS = {
     # the learning rate, which falls by epochs, see several passes.
     "toy": dict(size=(128, 256), limit=100, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM", lambda_fm=50.0, lr=3e-4,
-                epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002, vgg="random",
+                epochs=5, fine_epochs=3, enhancer_epochs=1, min_area=0.002, vgg="random",
                 scorer_width=16, scorer_steps=600),
 }
 CHOICES = {
