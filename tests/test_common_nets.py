@@ -131,12 +131,21 @@ def test_both_names_of_one_layer_may_be_asked_for(vgg):
     assert torch.equal(features["conv1_2"], features["relu1_2"])
 
 
+def test_frozen_features_are_not_saved():
+    """What --vgg names again needs no place in a checkpoint, and restoring leaves it alone."""
+    vgg = VGGFeatures(("relu1_1",), 19, "random")
+    before = vgg.trunk[0].weight.clone()
+    assert vgg.state_dict() == {}
+    vgg.load_state_dict({})
+    assert torch.equal(vgg.trunk[0].weight, before)
+
+
 def test_random_weights_are_the_same_each_time():
     torch.manual_seed(1)
-    first = VGGFeatures(("relu2_2",), 19, "random").state_dict()
+    first = dict(VGGFeatures(("relu2_2",), 19, "random").named_parameters())
     torch.manual_seed(2)
     torch.rand(5)
-    second = VGGFeatures(("relu2_2",), 19, "random").state_dict()
+    second = dict(VGGFeatures(("relu2_2",), 19, "random").named_parameters())
     assert first and all(torch.equal(first[k], second[k]) for k in first)
 
 
