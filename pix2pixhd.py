@@ -926,11 +926,13 @@ def restore(state: State, stored: dict) -> None:
 
 
 def load_networks(state: State, path: Path, fresh: tuple[str, ...] = ()) -> None:
-    """Weights only, for --init and for testing."""
-    stored = read_checkpoint(path)
-    if "released" in stored:
-        stored = rename_released(stored["released"], path)
-    fill(state, stored, path, fresh)
+    """Weights only, for --init."""
+    fill(state, our_names(read_checkpoint(path), path), path, fresh)
+
+
+def our_names(stored: dict, path: Path) -> dict:
+    """What read_checkpoint gave; the authors' weights under our names."""
+    return rename_released(stored["released"], path) if "released" in stored else stored
 
 
 def fill(state: State, stored: dict, path: Path, fresh: tuple[str, ...] = ()) -> None:
@@ -1288,14 +1290,18 @@ def picture_of(pair: dict, cfg: Config) -> Tensor:
     return torch.where(pair["input"][:, -1:] > 0, -1.0, colours) if cfg.boundary else colours
 
 
+def generate(state: State, s: Tensor, z: Tensor | None) -> Tensor:
+    """G(s, z), or G(s) without an encoder: (B, c, H, W), (B, C, H, W) -> (B, 3, H, W), any size."""
+    return translate(plain(state.generator), s if z is None else torch.cat([s, z], 1))
+
+
 @torch.no_grad()
 def reconstruct(state: State, pair: dict, cfg: Config) -> Tensor:
     """G(s, E(x)): with the style of the photo itself, as in training. Without E, G(s)."""
-    s = pair["input"]
+    z = None
     if state.encoder is not None:
         z = encode_photo(state, pair["image"], pair["region"], cfg)
-        s = torch.cat([s, z], 1)
-    return translate(plain(state.generator), s)
+    return generate(state, pair["input"], z)
 
 
 def encode_photo(state: State, x: Tensor, region: Tensor, cfg: Config) -> Tensor:
@@ -1492,15 +1498,13 @@ def styles_of_reference(state: State, reference: dict, label: Tensor, cfg: Confi
 def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0, vary: tuple[int, ...] = (),
                reference: dict | None = None) -> Tensor:
     """The test-time image (1, 3, H, W): no photo is seen; styles are drawn, or a reference's."""
-    s = pair["input"]
-    if state.encoder is not None:
-        if reference is None:
-            need_styles(state, cfg)
-            z = draw_styles(state, pair["label"], pair["region"], seed, vary)
-        else:
-            z = styles_of_reference(state, reference, pair["label"], cfg)
-        s = torch.cat([s, z], 1)
-    return translate(plain(state.generator), s)
+    z = None
+    if state.encoder is not None and reference is None:
+        need_styles(state, cfg)
+        z = draw_styles(state, pair["label"], pair["region"], seed, vary)
+    elif state.encoder is not None:
+        z = styles_of_reference(state, reference, pair["label"], cfg)
+    return generate(state, pair["input"], z)
 
 
 def class_id(name: str | int, table: common.ClassTable) -> int:
@@ -1693,12 +1697,10 @@ class Editor:
         """The scene as a batch of one, ready for G."""
         return make_pair({"label": self.label[None], "instance": self.instance[None]}, self.cfg)
 
-    @torch.no_grad()
     def render(self) -> Tensor:
         """The image (3, H, W) in [-1, 1] of the scene as it is now."""
-        s = self.pair()["input"]
-        s = s if self.z is None else torch.cat([s, self.z[None]], 1)
-        return translate(plain(self.state.generator), s)[0].cpu()
+        z = None if self.z is None else self.z[None]
+        return generate(self.state, self.pair()["input"], z)[0].cpu()
 
     def picture(self) -> Tensor:
         """The label map (3, H, W) in [-1, 1], with the borders of objects in black."""
@@ -2133,9 +2135,10 @@ def load_for_test(mode: str, given: dict, call: dict) -> tuple[Config, State]:
     """Networks and config of --checkpoint or the newest run. A released G tells its own shape."""
     paths = [Path(p) for p in call.get("checkpoint", ())] or [
         (Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"]
-    stored = read_checkpoint(paths[0])
+    contents = [read_checkpoint(path) for path in paths]       # once: at full size they are large
+    stored, named = contents[0], [our_names(*both) for both in zip(contents, paths)]
     if "released" in stored:
-        cfg = released_config(paths, given, call)
+        cfg = released_config(paths[0], named, given, call)
     elif "preset" in call:
         raise UserError(f"--preset {call['preset']}: {paths[0]} knows its settings; leave the flag "
                         "out")
@@ -2147,8 +2150,8 @@ def load_for_test(mode: str, given: dict, call: dict) -> tuple[Config, State]:
     check_config(cfg)
     vgg = {"loss": "GAN+FM"} if "VGG" in cfg.loss else {}          # testing needs no VGG-19
     state = build(replace(cfg, compile=False, init=(), **vgg), pick_device(cfg))
-    for path in paths:
-        load_networks(state, path)
+    for path, weights in zip(paths, named):
+        fill(state, weights, path)
     for name in {"styles", "means"} & stored.keys():
         setattr(state, name, stored[name])
     if state.encoder is not None and "config" in stored and mode != "encode" and (
@@ -2157,15 +2160,13 @@ def load_for_test(mode: str, given: dict, call: dict) -> tuple[Config, State]:
     return cfg, state
 
 
-def released_config(paths: list[Path], given: dict, call: dict) -> Config:
+def released_config(path: Path, named: list[dict], given: dict, call: dict) -> Config:
     """The shape of the authors' networks from their weights, the classes from the data."""
-    both = {}
-    for path in paths:
-        both |= rename_released(read_checkpoint(path)["released"], path)
+    both = {name: weights for one in named for name, weights in one.items()}
     if "generator" not in both:
-        raise UserError(f"{paths[0]}: no generator; to test, give its file, too")
+        raise UserError(f"{path}: no generator; to test, give its file, too")
     if not {"input", "data"} & set(given | call):
-        raise UserError(f"{paths[0]}: released weights know no dataset; say --input or --data")
+        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
     weights, n = both["generator"], sum(
         k.endswith(".front.0.weight") for k in both["generator"]) - 1
     first = weights["globe.front.0.weight"]
@@ -2176,7 +2177,7 @@ def released_config(paths: list[Path], given: dict, call: dict) -> Config:
                                        if "data" in given else "cityscapes")
     rest = first.shape[1] - features - class_table(classes).channels if classes else -1
     if first.shape[1] - features != 3 and rest not in (0, 1):
-        raise UserError(f"{paths[0]}: takes {first.shape[1]} channels, the {classes} labels have "
+        raise UserError(f"{path}: takes {first.shape[1]} channels, the {classes} labels have "
                         f"{class_table(classes).channels}; a boundary adds 1, an encoder (give its "
                         "file, too) adds its features; --classes says otherwise")
     shape = dict(

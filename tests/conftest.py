@@ -1,15 +1,19 @@
 """Fixtures that every test file may use. The scripts stand one folder up, beside this one."""
 
 import contextlib
+import csv
 import os
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SCRIPTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(SCRIPTS))
 
 import torch  # noqa: E402
 
@@ -41,3 +45,49 @@ def refused(*words):
     assert "\n" not in text
     for word in words:
         assert str(word) in text, f"{word!r} is not in: {text}"
+
+
+def shell(line: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
+    return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
+                          env=environment, timeout=120, **options)
+
+
+def assert_same(a, b, where: str = "checkpoint") -> None:
+    """Bit for bit, down to the last moment of Adam."""
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}[{k}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_state(run_a, run_b) -> None:
+    a, b = stored(run_a), stored(run_b)
+    assert_same({k: v for k, v in a.items() if k != "config"},
+                {k: v for k, v in b.items() if k != "config"})
+
+
+def losses_of(run: Path | str) -> list[dict]:
+    with open(Path(run) / "log.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("images/s", "wait")}
+                for row in csv.DictReader(file)]
+
+
+def stored(run: Path | str) -> dict:
+    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+
+
+def paper_map(script) -> dict[str, str]:
+    """First column -> last column of the docstring's map."""
+    block = re.search(r"Paper map.*?\n(.*?)\n\n", script.__doc__, re.DOTALL).group(1)
+    cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
+    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
+    return {f"{row[0]} {row[1]}": row[2] for row in cells}

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import paper_map
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -834,17 +835,9 @@ def test_bf16_keeps_losses_and_weights_in_float32():
 
 # -------------------------------------------------------------------------------- Map and wording
 
-def paper_map() -> dict[str, str]:
-    """First column -> last column of the docstring's map."""
-    block = re.search(r"Paper map.*?\n(.*?)\n\n", pix2pix.__doc__, re.DOTALL).group(1)
-    cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
-    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
-    return {f"{row[0]} {row[1]}": row[2] for row in cells}
-
-
 def test_paper_map_lists_every_equation_table_and_figure():
     listed = set()
-    for entry in paper_map():
+    for entry in paper_map(pix2pix):
         for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)\)?(?:-(\d+))?", entry):
             listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
     missing = ({("Eq.", n) for n in range(1, 5)} | {("Table", n) for n in range(1, 7)}
@@ -855,7 +848,7 @@ def test_paper_map_lists_every_equation_table_and_figure():
 def test_paper_map_points_at_what_exists():
     """Every name in it is one of the script's, every --flag a flag, every preset a preset."""
     flags = {s for action in pix2pix.parser()._actions for s in action.option_strings}
-    for entry, place in paper_map().items():
+    for entry, place in paper_map(pix2pix).items():
         if place.startswith(("nothing to reproduce", "notebook")):
             continue
         assert all(f in flags for f in re.findall(r"--[\w-]+", place)), (entry, place)

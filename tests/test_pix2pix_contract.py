@@ -1,7 +1,6 @@
 """What pix2pix.py owes its users: runs, resuming, errors, signals, processes, a readable file."""
 
 import ast
-import csv
 import dataclasses
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same, assert_same_state, losses_of, shell, stored
 from PIL import Image
 from torch.nn import functional as F
 
@@ -35,44 +35,6 @@ TINY = ("--size 32 32 --width 4 --patch 16 --limit 5 --batch-size 2 --epochs 200
 
 def call(line: str) -> None:
     pix2pix.main(line.split())
-
-
-def shell(line: str, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
-    return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment, timeout=120, **options)
-
-
-def stored(run: Path | str) -> dict:
-    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b, where: str = "checkpoint") -> None:
-    """Bit for bit, down to the last moment of Adam."""
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_same(a[k], b[k], f"{where}[{k}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def assert_same_state(run_a, run_b) -> None:
-    a, b = stored(run_a), stored(run_b)
-    assert_same({k: v for k, v in a.items() if k != "config"},
-                {k: v for k, v in b.items() if k != "config"})
-
-
-def losses_of(run: Path | str) -> list[dict]:
-    with open(Path(run) / "log.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("images/s", "wait")}
-                for row in csv.DictReader(file)]
 
 
 def picture(path: Path, h: int = 40, w: int = 50, seed: int = 0) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import refused
+from conftest import paper_map, refused
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -1834,29 +1834,21 @@ def test_editor_with_ids_of_another_convention():
 
 # ---------------------------------------------------------------------------------- Map and wording
 
-def paper_map() -> dict[str, str]:
-    """First column -> last column of the docstring's map."""
-    block = re.search(r"Paper map.*?\n(.*?)\n\n", pix2pixhd.__doc__, re.DOTALL).group(1)
-    cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
-    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
-    return {f"{row[0]} {row[1]}": row[2] for row in cells}
-
-
 def test_paper_map_lists_every_equation_table_and_figure():
     listed = set()
-    for entry in paper_map():
+    for entry in paper_map(pix2pixhd):
         for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)\)?(?:-(\d+))?", entry):
             listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
     assert listed >= ({("Eq.", n) for n in range(1, 5)} | {("Table", n) for n in (1, 2)}
                       | {("Fig.", n) for n in range(1, 12)})
-    sections = " ".join(paper_map())
+    sections = " ".join(paper_map(pix2pixhd))
     assert all(f"Sec. {name} " in sections for name in ("3.2", "3.3", "3.4", "4"))
 
 
 def test_paper_map_points_at_what_exists():
     """Every name in it is one of the script's or a preset, every --flag a flag."""
     flags = {s for action in pix2pixhd.parser()._actions for s in action.option_strings}
-    for entry, place in paper_map().items():
+    for entry, place in paper_map(pix2pixhd).items():
         assert all(f in flags for f in re.findall(r"--[a-z-]+", place)), (entry, place)
         if place.startswith("needs people"):
             continue

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import assert_same, assert_same_state, losses_of, refused, shell, stored
 from PIL import Image
 
 import common
@@ -60,23 +59,6 @@ def call(line: str) -> None:
     pix2pixhd.main(line.split())
 
 
-def shell(line: str, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
-    return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment, timeout=120, **options)
-
-
-@functools.cache
-def read(path: Path, changed: int) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def stored(run: Path | str) -> dict:
-    """The checkpoint, to look at: it is read once, for there are hundreds of tensors in it."""
-    path = Path(run).resolve() / "checkpoint.pt"
-    return dict(read(path, path.stat().st_mtime_ns))
-
-
 def weights(run: Path | str) -> dict:
     return {k: stored(run)[k] for k in pix2pixhd.NETWORKS}
 
@@ -89,40 +71,12 @@ def without_adam(run: Path, out: Path) -> Path:
     return out
 
 
-def assert_same(a, b, where: str = "checkpoint") -> None:
-    """Bit for bit, down to the last moment of Adam."""
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_same(a[k], b[k], f"{where}[{k}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
 def same(a, b) -> bool:
     try:
         assert_same(a, b)
     except AssertionError:
         return False
     return True
-
-
-def assert_same_state(run_a, run_b) -> None:
-    a, b = stored(run_a), stored(run_b)
-    assert_same({k: v for k, v in a.items() if k != "config"},
-                {k: v for k, v in b.items() if k != "config"})
-
-
-def losses_of(run: Path | str) -> list[dict]:
-    with open(Path(run) / "log.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("images/s", "wait")}
-                for row in csv.DictReader(file)]
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
