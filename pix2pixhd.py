@@ -59,6 +59,8 @@ Paper                             | Released code                     | Here
     labels at a smaller scale     | one-hot maps averaged             | as released
     normalisation not stated      | instance norm without parameters  | as released
     biases not stated             | PyTorch's default                 | PyTorch's default
+    transposed convolutions' dots | the same                          | the same; --smooth, ours, in
+      fade slowly                 |                                   |   toy, averages them away
     unknown pixels not mentioned  | an ordinary class, in every loss  | as released
 
 There is no pixel loss and no noise: an output that differs from the photo is not an error here.
@@ -116,6 +118,7 @@ class Config:
     downs: int = 4                   # halvings in G1                                    arXiv
     blocks: int = 9                  # residual blocks in G1                             arXiv
     enhancer_blocks: int = 3         # residual blocks in each enhancer                  arXiv
+    smooth: bool = False             # ours: average away a transposed convolution's dots
     scales: int = 3                  # discriminators, each at half the size of the last Sec. 3.2
     d_width: int = 64                # channels after D's first layer                    arXiv
     features: int = 0                # numbers per object from the encoder; 3 in Sec. 4; 0: no E
@@ -175,11 +178,12 @@ PRESETS = {
                   features=3, loss="GAN+FM", vgg="random", scorer_width=16, scorer_steps=600),
     # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so that
     # feature matching, the steadier of the two losses, weighs more; a hundred photos, so that E and
-    # the learning rate, which falls by epochs, see several passes.
+    # the learning rate, which falls by epochs, see several passes; smooth, since these few steps do
+    # not unlearn the dots.
     "toy": dict(size=(128, 256), limit=100, width=32, downs=2, blocks=3, enhancer_blocks=2,
-                scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM", lambda_fm=50.0, lr=3e-4,
-                epochs=5, fine_epochs=3, enhancer_epochs=1, min_area=0.002, vgg="random",
-                scorer_width=16, scorer_steps=600),
+                smooth=True, scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM",
+                lambda_fm=50.0, lr=3e-4, epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002,
+                vgg="random", scorer_width=16, scorer_steps=600),
 }
 CHOICES = {
     "task": ("labels2photo", "pairs"), "direction": ("AtoB", "BtoA"),
@@ -262,10 +266,26 @@ def convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list
             instance_norm(c_out), nn.ReLU()]
 
 
+class Doubling(nn.ConvTranspose2d):
+    """Transposed convolution, (B, c_in, H, W) -> (B, c_out, 2 H, 2 W).
+
+    Its 3 x 3 kernels overlap at every other pixel, so an untrained one paints dots, which training
+    has to unlearn. `smooth`, ours, takes the mean of each 2 x 2 window: of two neighbours one is
+    always an overlap, so what repeats every two pixels is gone, and some sharpness with it.
+    """
+    smooth = False
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 3, 2, 1, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1) if self.smooth else x
+
+
 def deconvolution(c_in: int, c_out: int) -> list[nn.Module]:
     """Transposed convolution that doubles H and W, instance norm, ReLU."""
-    return [nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1),
-            instance_norm(c_out), nn.ReLU()]
+    return [Doubling(c_in, c_out), instance_norm(c_out), nn.ReLU()]
 
 
 class ResidualBlock(nn.Module):
@@ -498,22 +518,42 @@ class Encoder(nn.Module):
         return self.output(self.layers(x))[..., :x.shape[2], :x.shape[3]]  # made even
 
 
+class InstanceAverage(torch.autograd.Function):
+    """`instance_average`, and its gradient: since averaging is linear and symmetric (what pixel p
+    gives to q, q gives to p), the gradient is the incoming one, averaged in the same way."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, region: Tensor) -> Tensor:
+        key = region * len(region) + torch.arange(len(region), device=z.device).view(-1, 1, 1)
+        run, at, length = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
+        owner = run.unique(return_inverse=True)[1]      # a key for each object of each image
+        where = at.flatten(), length, owner             # (B H W): run of a pixel; (R); (R): object
+        ctx.save_for_backward(*where)
+        return InstanceAverage.average(z, *where)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return InstanceAverage.average(gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def average(z: Tensor, at: Tensor, length: Tensor, owner: Tensor) -> Tensor:
+        b, c, h, w = z.shape
+        pixels = z.transpose(0, 1).reshape(c, -1).double()
+        sums = torch.segment_reduce(pixels, "sum", lengths=length.expand(c, -1), axis=1)
+        sums = sums.new_zeros(c, len(owner)).index_add(1, owner, sums)             # (C, objects)
+        means = (sums / torch.bincount(owner, length, len(owner))).to(z.dtype)
+        return means[:, owner].index_select(1, at).view(c, b, h, w).transpose(0, 1)
+
+
 def instance_average(z: Tensor, region: Tensor) -> Tensor:
     """Every pixel gets its object's mean (Sec. 3.4): z (B, C, H, W), region (B, H, W) -> z's shape.
 
     So an object is one colour in z however large it is, and E cannot smuggle the photo through.
-    Sums per object by scatter_add, and back to the pixels by gather: no loop over objects. In
-    float64, since a road is a sum of 10^5 pixels.
+    No loop over objects: neighbours in a row that belong to one object are a run, and there are a
+    hundred times fewer runs than pixels. Each run is summed, then each object's runs (in float64,
+    since a road is a sum of 10^5 pixels), and a pixel looks its mean up by its run.
     """
-    b, c, h, w = z.shape
-    region = region + torch.arange(b, device=z.device).view(b, 1, 1) * (region.max() + 1)
-    used = torch.zeros(int(region.max()) + 1, dtype=torch.long, device=z.device)
-    used[region.flatten()] = 1
-    index = (used.cumsum(0) - 1)[region].view(1, -1)                     # (1, B H W), 0 .. n - 1
-    pixels = z.transpose(0, 1).reshape(c, -1).double()                       # (C, B H W)
-    sums = pixels.new_zeros(c, int(used.sum())).scatter_add(1, index.expand(c, -1), pixels)
-    means = (sums / torch.bincount(index[0])).to(z.dtype)                    # (C, n)
-    return means.gather(1, index.expand(c, -1)).view(c, b, h, w).transpose(0, 1)
+    return InstanceAverage.apply(z, region)
 
 
 def boundary_map(instance: Tensor) -> Tensor:
@@ -667,6 +707,9 @@ def networks(cfg: Config) -> tuple[nn.Module, MultiScaleDiscriminator, Encoder |
     else:
         kind = UNet if cfg.generator == "unet" else CRN
         generator = kind(c + cfg.features, 3, cfg.width, cfg.downs)
+    for module in generator.modules():
+        if isinstance(module, Doubling):
+            module.smooth = cfg.smooth
     return (generator, MultiScaleDiscriminator(c + 3, cfg.d_width, cfg.scales),
             Encoder(cfg.features, cfg.e_width) if cfg.features else None)
 
@@ -2069,6 +2112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gan", choices=CHOICES["gan"], help="least squares, or Eq. (1) as written (lsgan)")
     add("--lambda-fm", type=float, metavar="X", help="lambda in Eq. (4) (10)")
     add("--lambda-vgg", type=float, metavar="X", help="weight of the perceptual loss (10)")
+    add("--smooth", action=argparse.BooleanOptionalAction, help="average away dots in G; ours")
     add("--fm-mean", action="store_true", help="average Eq. (3) over the scales; released code")
     add("--vgg", metavar="WEIGHTS", help="VGG's weights: imagenet, random or a file (imagenet)")
     add("--vgg-normalise", action="store_true", help="ImageNet's mean and deviation before VGG")

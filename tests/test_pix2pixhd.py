@@ -950,6 +950,18 @@ def test_instance_average_from_its_definition():
     assert ours.numpy() == pytest.approx(naive_average(z, region), abs=1e-12)
 
 
+def test_smooth_takes_away_what_repeats_every_two_pixels():
+    torch.manual_seed(0)
+    layer = pix2pixhd.Doubling(4, 3)
+    x = torch.ones(1, 4, 6, 6)
+    dots = layer(x)[..., :-2, :-2]              # at the far border the overlap ends
+    layer.smooth = True
+    flat = layer(x)[..., :-2, :-2]
+    assert layer(x).shape == (1, 3, 12, 12)
+    assert dots.std((2, 3)).min() > 0.01
+    torch.testing.assert_close(flat, dots.mean((2, 3), keepdim=True).expand_as(flat))
+
+
 def test_instance_average_does_not_see_the_numbers():
     z, region = torch.rand(2, 3, 8, 9), torch.randint(0, 5, (2, 8, 9))
     renumbered = torch.tensor([40000, 7, 123, 65535, 0])[region]

@@ -315,8 +315,8 @@ def base(shared, run) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("extra", [
-    "--loss GAN", "--gan log", "--fm-mean", "--lambda-fm 1", "--pool label", "--no-mirror",
-    "--no-boundary", "--features 0", "--features 3", "--scales 1", "--betas 0 0.9",
+    "--loss GAN", "--gan log", "--fm-mean", "--no-smooth", "--lambda-fm 1", "--pool label",
+    "--no-mirror", "--no-boundary", "--features 0", "--features 3", "--scales 1", "--betas 0 0.9",
     "--generator unet", "--generator crn", "--precision bf16 --channels-last",
     "two --crop 32 32", "two --stored-features"])
 def test_every_setting_trains_and_samples_and_changes_the_result(base, run, extra):
