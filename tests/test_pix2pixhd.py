@@ -6,7 +6,6 @@ PyTorch networks, filled with sines and run in float64.
 """
 
 import copy
-import inspect
 import itertools
 import math
 import os
@@ -24,7 +23,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
-import pix2pix
 import pix2pixhd
 from pix2pixhd import Config, Encoder, Generator, MultiScaleDiscriminator, State
 
@@ -1882,12 +1880,3 @@ def test_every_equation_is_tagged_at_its_function():
                           (pix2pixhd.train_step, "Eq. (4)"), (pix2pixhd.perceptual_loss, "Sec. 4"),
                           (pix2pixhd.boundary_map, "Sec. 3.3"), (Encoder, "Sec. 3.4")):
         assert tag in function.__doc__, (function.__name__, tag)
-
-
-@pytest.mark.parametrize("name", [
-    "memory_format", "dress", "to_float", "plain", "place", "pick_device", "Stop",
-    "save_checkpoint", "read_checkpoint", "stored_config", "restore", "next_run", "newest_run",
-    "open_run", "Log", "save_images", "reflect", "peak_memory", "flag"])
-def test_the_shared_room_is_word_for_word_the_same(name):
-    ours, theirs = (inspect.getsource(getattr(script, name)) for script in (pix2pixhd, pix2pix))
-    assert ours == theirs

@@ -1,0 +1,92 @@
+"""What the four scripts owe each other: rooms, repeated parts word for word, settings and flags."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+
+import pytest
+
+from conftest import SCRIPTS
+
+NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if p.stem != "common")
+ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Evaluation",
+         "7 Command line"]
+REPEATED = ["memory_format", "dress", "to_float", "plain", "place", "pick_device", "Stop",
+            "save_checkpoint", "read_checkpoint", "stored_config", "restore", "next_run",
+            "newest_run", "open_run", "Log", "save_images", "reflect", "peak_memory", "flag"]
+
+each_script = pytest.mark.parametrize("name", NAMES)
+
+
+def text(name: str) -> str:
+    return (SCRIPTS / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_repeated_parts_are_word_for_word_the_same(part):
+    sources = {inspect.getsource(getattr(importlib.import_module(name), part)) for name in NAMES}
+    assert len(NAMES) > 1 and len(sources) == 1
+
+
+@each_script
+def test_rooms_stand_in_the_same_order(name):
+    assert re.findall(r"^# -{20,} (.+)$", text(name), re.MULTILINE) == ROOMS
+
+
+@pytest.mark.parametrize("name", [*NAMES, "common"])
+def test_lines_and_functions_are_short(name):
+    wide = [i for i, line in enumerate(text(name).splitlines(), 1) if len(line) > 100]
+    assert not wide, f"{name}: over 100 columns: lines {wide[:20]}"
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(
+        ast.parse(text(name))) if isinstance(node, ast.FunctionDef)}
+    allowed = {"train": 90, "parser": 80}                  # parser: a line per flag
+    assert not {k: n for k, n in lengths.items() if n > allowed.get(k, 60)}
+
+
+@each_script
+def test_imports_no_other_script_and_nothing_of_unix_alone(name):
+    nodes = [node for node in ast.walk(ast.parse(text(name)))
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {node: [n.name for n in node.names] + [getattr(node, "module", "")] for node in nodes}
+    assert not {n for some in names.values() for n in some} & (set(NAMES) - {name})
+    at_import = {n for node, some in names.items() if node.col_offset == 0 for n in some}
+    assert "common" in at_import and not at_import & {"resource", "fcntl", "pwd"}   # not on Windows
+
+
+@each_script
+def test_every_setting_is_read(name):
+    """Outside the dataclass, as cfg.<field>: a setting that nothing reads is a lie to the user."""
+    body = text(name).split("\nPRESETS = ", 1)[1]
+    fields = [f.name for f in dataclasses.fields(importlib.import_module(name).Config)]
+    assert not [field for field in fields if not re.search(rf"\bcfg\.{field}\b", body)]
+
+
+@each_script
+def test_every_flag_is_a_setting_and_explained(name):
+    script = importlib.import_module(name)
+    fields = {f.name for f in dataclasses.fields(script.Config)}
+    actions = [a for a in script.parser()._actions if a.dest != "help"]
+    assert {a.dest for a in actions} == fields | set(script.CALL) | {"mode"}
+    assert not [a.option_strings for a in actions if not a.help]
+    assert script.FREE <= fields and script.FREE_AT_TEST <= fields
+    modes, = (a.choices for a in actions if a.dest == "mode")
+    assert all(set(some) <= set(modes) for some in script.CALL.values())
+    assert all(set(preset) <= fields for preset in script.PRESETS.values())
+
+
+@each_script
+def test_help_ends_with_three_commands_that_parse(name, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    start = f"  python {name}.py"
+    commands = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    assert len(commands) == 3 and all(line.startswith(start) for line in lines[-3:])
+    documented = re.findall(rf"^(?:Run)?\s+python {name}\.py(.*)$", script.__doc__, re.MULTILINE)
+    assert len(documented) == 3
+    for command in commands + documented:
+        script.parser().parse_args(re.split(r"   ", command)[0].split())
