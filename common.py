@@ -240,8 +240,12 @@ def detect(root: Path, photos_only: bool) -> FolderLayout:
                     f"{', '.join(inside[:8]) or 'nothing'}{', ...' * (len(inside) > 8)}")
 
 
-def pair_up(root: Path, layout: FolderLayout, split: str) -> dict[str, dict[str, Path]]:
-    """Partners of one split, matched by key: {key: {role: path}}, sorted."""
+def pair_up(root: Path, layout: FolderLayout, split: str,
+            unpaired: bool = False) -> dict[str, dict[str, Path]]:
+    """Partners of one split, matched by key: {key: {role: path}}, sorted.
+
+    `unpaired`: where names differ, A and B are two lists side by side, the shorter one repeated.
+    """
     options = layout.train if split == "train" else layout.test
     has_splits = "{}" in next(iter(layout.roles.values()))
     for option in options if has_splits else ("",):
@@ -252,6 +256,10 @@ def pair_up(root: Path, layout: FolderLayout, split: str) -> dict[str, dict[str,
     keys = sorted(roles[first])
     if not has_splits:
         keys = split_keys(root, keys, split)
+    if unpaired and layout.name == "unpaired" and roles["B"] and set(roles["B"]) != set(keys):
+        a, b = sorted(roles["A"].items()), sorted(roles["B"].items())
+        return {a[i % len(a)][0] + f"_{i}" * (i >= len(a)):
+                {"A": a[i % len(a)][1], "B": b[i % len(b)][1]} for i in range(max(len(a), len(b)))}
     for role, files in roles.items():
         missing = [key for key in keys if key not in files] if files else []
         if missing:
@@ -392,6 +400,7 @@ class Dataset(torch.utils.data.Dataset):
         direction: which half of a pair is the input, "AtoB" or "BtoA".
         photos_only: the task makes its own input, so a folder of photos will do.
         instances: read the instance maps, where there are any.
+        unpaired: trainA and trainB may be two lists without common names, sizes or numbers.
         limit: use the first so many examples; 0 is all.
 
     What is random about item i depends on (seed, epoch, i) alone: not on the number of workers, nor
@@ -403,17 +412,20 @@ class Dataset(torch.utils.data.Dataset):
     def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
                  jitter: bool = False, mirror: bool = False, crop: tuple[int, int] = (0, 0),
                  classes: str = "", direction: str = "AtoB", photos_only: bool = False,
-                 instances: bool = True, limit: int = 0, seed: int = 0):
+                 instances: bool = True, limit: int = 0, seed: int = 0, unpaired: bool = False):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
-        self.direction, self.cache = direction, {}
+        self.direction, self.cache, self.unpaired = direction, {}, False
         if data:
             root = Path(data)
             self.layout = detect(root, photos_only)
-            pairs = pair_up(root, self.layout, split)
+            pairs = pair_up(root, self.layout, split, unpaired)
             if split == "test" and not pairs:
                 notice("no test split: training examples stand in; scores say nothing of new data")
-                pairs = pair_up(root, self.layout, "train")
+                pairs = pair_up(root, self.layout, "train", unpaired)
             self.names = list(pairs)[:limit or None]
+            self.unpaired = unpaired and any(
+                len({path.stem for path in files.values()}) > 1 for files in pairs.values()
+                if "A" in files)                 # two lists: what stands side by side is no pair
             if not pairs:
                 raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
                                 f"its {split} split")
@@ -459,7 +471,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def check_sizes(self) -> None:
         """Partners must agree in size: the first thousand by their headers, all at first touch."""
-        if not self.data:
+        if not self.data or self.unpaired:
             return
         for files in self.files[:1000]:
             sizes = {}
@@ -520,7 +532,7 @@ class Dataset(torch.utils.data.Dataset):
             first, second = ("A", "B") if self.direction == "AtoB" else ("B", "A")
             item |= {"input": item[first]} | ({"image": item[second]} if second in item else {})
         sizes = {key: tuple(item[key].shape[-2:]) for key in ITEM_KEYS if key in item}
-        if len(set(sizes.values())) > 1:
+        if len(set(sizes.values())) > 1 and not self.unpaired:
             raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
                             + ", ".join(f"{key} {size}" for key, size in sizes.items()))
         return item

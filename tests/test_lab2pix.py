@@ -1,0 +1,956 @@
+"""What the Lab2Pix paper claims, tested on lab2pix.py.
+
+The oracles share no code with the script: numpy in float64, printed numbers, gradients, limits.
+"""
+
+import copy
+import inspect
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import paper_map
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import lab2pix
+from lab2pix import Config, GeneratorV1, GeneratorV2, configure
+
+CPU = torch.device("cpu")
+TINY = dict(size=(64, 64), width=4, ups=4, noise=8, d_width=2, vgg="random", vgg_width=2,
+            batch_size=2, classes="streets")
+TINY_V1 = TINY | dict(version="V1", size=(128, 128), ups=5, s_width=2, s_size=64)
+
+
+def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    h, w = cfg.size
+    item = {"label": torch.randint(0, 12, (n, h // 16, w // 16)).repeat_interleave(16, 1)
+            .repeat_interleave(16, 2), "image": torch.rand(n, 3, h, w) * 2 - 1}
+    item["instance"] = item["label"]
+    return lab2pix.make_pair(item, cfg)
+
+
+def numbers(net: nn.Module) -> int:
+    """Parameters, without batch norm's gain and bias, which the authors' networks do not have."""
+    affine = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    return sum(p.numel() for p in net.parameters()) - affine
+
+
+# --------------------------------------------------------------------------- Sizes, as measured
+
+@pytest.fixture
+def no_spectral_norm(monkeypatch):
+    """It adds no parameter, but takes seconds per network on the meta device."""
+    monkeypatch.setattr(lab2pix, "spectral_norm", lambda module: module)
+
+
+AT = {5: (256, 256), 6: (256, 512), 7: (512, 1024)}
+
+
+@pytest.mark.parametrize("n, ups, first, dgnorm, count", [
+    (36, 6, "label", True, 105_827_075), (36, 7, "label", True, 109_299_491),
+    (151, 5, "label", True, 106_388_035), (184, 5, "label", True, 107_395_459),
+    (13, 5, "label", True, 102_175_171), (36, 6, "noise", True, 109_721_347),
+    (36, 7, "noise", True, 113_193_763), (151, 5, "noise", True, 113_449_539),
+    (184, 5, "noise", True, 114_152_835), (36, 6, "label", False, 93_048_003),
+    (36, 7, "label", False, 93_570_659), (151, 5, "label", False, 96_492_483),
+    (184, 5, "label", False, 97_480_899), (13, 5, "label", False, 92_359_107),
+    (36, 6, "noise", False, 96_942_275)])
+def test_parameters_of_v2_and_spade(n, ups, first, dgnorm, count, no_spectral_norm):
+    with torch.device("meta"):
+        assert numbers(GeneratorV2(n, AT[ups], 64, ups, 128, first, dgnorm)) == count
+
+
+@pytest.mark.parametrize("options, count", [
+    (dict(n=35), 110_457_661), (dict(n=35, dgnorm=False), 95_319_357),
+    (dict(n=35, dgnorm=False, form="v1code"), 101_035_532),
+    # The released sketch generator has a layer for z besides, whose result it does not use.
+    (dict(n=1, size=(256, 256), ups=5, sketch=True, dgnorm=False, form="v1code"),
+     68_170_380 - 128 * 4096 - 4096)])
+def test_parameters_of_v1(options, count, no_spectral_norm):
+    with torch.device("meta"):
+        assert numbers(GeneratorV1(**options)) == count
+
+
+def test_parameters_of_the_discriminators(no_spectral_norm):
+    with torch.device("meta"):
+        for spectral, c_in, counts in ((False, 3, (27_942_019, 15_342_722, 2_743_425)),
+                                       (True, 39, (40_340_995, 23_026_690, 5_712_385))):
+            both = lab2pix.Discriminators(c_in, 3, spectral=spectral)
+            assert tuple(numbers(d) for d in both.scales) == counts
+        assert numbers(lab2pix.Discriminators(39, 2, kind="patch")) == 5_601_410
+        assert numbers(lab2pix.Discriminators(39, 3, kind="patch")) == 8_402_115
+
+
+@pytest.mark.parametrize("classes, count", [(35, 6_837_353), (2, 6_718_982), (1, 6_715_395)])
+def test_parameters_of_the_segmentation_network(classes, count):
+    """ICNet's; 386 per class are of the two outputs that enter no loss and are left out."""
+    with torch.device("meta"):
+        net = lab2pix.ICNet(classes)
+    assert sum(p.numel() for p in net.parameters()) == count - 386 * classes
+
+
+def test_parameters_of_the_global_encoder(no_spectral_norm):
+    with torch.device("meta"):
+        for arguments, count in (((36, 64, 7, 7), 12_779_072), ((36, 64, 8, 8), 15_728_832),
+                                 ((151, 64, 6, 6), 9_895_552), ((184, 64, 6, 6), 9_914_560)):
+            assert numbers(lab2pix.GlobalEncoder(*arguments)) == count
+
+
+@pytest.mark.parametrize("c_in, c_out, count", [
+    (1024, 1024, 23_682_304), (1024, 512, 13_631_360), (512, 256, 4_977_536),
+    (256, 128, 2_076_032), (128, 64, 981_632), (64, 32, 523_520)])
+def test_parameters_of_a_block(c_in, c_out, count, no_spectral_norm):
+    with torch.device("meta"):
+        assert numbers(lab2pix.GenResBlk(c_in, c_out, 36)) == count
+
+
+def test_sizes_of_the_three_images_and_of_all_verdicts(no_spectral_norm):
+    """Sec. 3.3 and 3.4 of the fact sheet, at 256 x 512, without computing anything."""
+    with torch.device("meta"):
+        m, z = torch.zeros(1, 35, 256, 512), torch.zeros(1, 128)
+        images = GeneratorV1(35)(z, m)
+        assert [tuple(x.shape[2:]) for x in images] == [(256, 512), (128, 256), (64, 128)]
+        assert [x.shape for x in GeneratorV2(35)(z, m)] == [(1, 3, 256, 512)]
+        taps = [[torch.zeros(1, c, x.shape[2] >> k, x.shape[3] >> k)
+                 for k, c in ((3, 256), (4, 512), (5, 512))] for x in images]
+        verdicts = lab2pix.Discriminators(3, spectral=False)(images, taps)
+        found = [[tuple(level.shape[1:]) for level in levels] for levels, _ in verdicts]
+        assert found == [[(1, 32, 64), (1, 16, 32), (1, 8, 16)], [(1, 16, 32), (1, 8, 16)],
+                         [(1, 8, 16)]]
+        assert [len(features) for _, features in verdicts] == [8, 6, 4]
+        patch = lab2pix.Discriminators(39, 2, kind="patch")
+        wide = [torch.zeros(1, 39, 256, 512), torch.zeros(1, 39, 128, 256)]
+        levels, features = patch(wide, [[], []])[0]
+        sizes = [tuple(f.shape[2:]) for f in features + levels]
+        assert sizes == [(129, 257), (65, 129), (33, 65), (34, 66), (35, 67)]
+        assert lab2pix.ICNet(35)(torch.zeros(1, 3, 64, 128)).shape == (1, 35, 256, 256)
+        sketch = GeneratorV1(1, (256, 256), ups=5, sketch=True)
+        assert sketch.blocks[0].conv_0.weight.shape[1] == 1088           # 1024 and z's 64
+        images = sketch(z, torch.zeros(1, 1, 256, 256))
+        assert [x.shape[-1] for x in images] == [256, 128, 64]
+
+
+@pytest.mark.parametrize("ups, sides", [
+    (4, [4, 4, 4, 8, 16, 32, 64]), (5, [2, 4, 4, 8, 16, 32, 64]), (6, [1, 2, 4, 8, 16, 32, 64])])
+def test_v2_blocks_run_at_the_sizes_of_the_release(ups, sides):
+    """At 256 x 256, five doublings: 8, 16, 16, 32 ..: none before the second middle block."""
+    G, seen = GeneratorV2(5, (64, 64), 2, ups, 4), []
+    for block in G.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    G(torch.randn(2, 4), torch.rand(2, 5, 64, 64))
+    assert seen == sides
+
+
+# ------------------------------------------------------------------------------------ Generator
+
+def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, stride: int = 1) -> np.ndarray:
+    """(C, H, W) by loops, padding that keeps the size."""
+    k, (_, h, wide) = w.shape[2], x.shape
+    p = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    out = np.zeros((len(w), -(-h // stride), -(-wide // stride)))
+    for o in range(len(w)):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                window = p[:, i * stride: i * stride + k, j * stride: j * stride + k]
+                out[o, i, j] = (window * w[o]).sum() + (0 if b is None else b[o])
+    return out
+
+
+def arrays(*values) -> list[np.ndarray]:
+    return [v.detach().double().numpy() for v in values]
+
+
+@pytest.mark.parametrize("form", ["paper", "eq5", "v1code"])
+@pytest.mark.parametrize("with_h", [False, True])
+def test_eq_3_to_5_dg_norm(form, with_h):
+    """By loops: statistics over the batch and all pixels, sqrt(mean of squares - mu^2)."""
+    torch.manual_seed(0)
+    net = lab2pix.DGNorm(2, 3, hidden=4, form=form).double()
+    if form != "v1code":
+        nn.init.normal_(net.norm.weight)
+        nn.init.normal_(net.norm.bias)
+    e, m, h = torch.randn(2, 2, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 4, 4, 5)
+    e, m, h = e.double(), m.double(), h.double() if with_h else None
+    expected, (E, M) = np.zeros((2, 2, 4, 5)), arrays(e, m)
+    w1, b1, w2, b2 = arrays(net.shared.weight, net.shared.bias, net.gamma_beta.weight,
+                            net.gamma_beta.bias)
+    for n in range(2):
+        guide = np.maximum(conv2d(M[n], w1, b1), 0) + (h[n].numpy() if with_h else 0)
+        both = conv2d(guide, w2, b2)
+        for c in range(2):
+            values = E[n, c] if form == "v1code" else E[:, c]
+            mu = values.mean()
+            sigma = np.sqrt((values ** 2).mean() - mu ** 2 + 1e-5)
+            bn = (E[n, c] - mu) / sigma
+            if form != "v1code":
+                bn = net.norm.weight[c].item() * bn + net.norm.bias[c].item()
+            gamma, beta = both[c], both[2 + c]
+            expected[n, c] = {"paper": (1 + gamma) * bn + beta, "v1code": gamma * bn + beta,
+                              "eq5": gamma * (bn + 1) + beta}[form]
+    assert net(e, m, h).detach().numpy() == pytest.approx(expected, abs=1e-9)
+
+
+def test_eq_5_dg_norm_tells_pixels_of_one_class_apart_only_with_h():
+    """Fig. 4: with one class everywhere, gamma and beta are constant; H tells pixels apart."""
+    net = lab2pix.DGNorm(2, 3, hidden=4)
+    m = torch.zeros(1, 3, 8, 8)
+    m[:, 1] = 1
+    inside = (..., slice(2, 6), slice(2, 6))
+
+    def spread(h) -> float:
+        guide = F.relu(net.shared(m)) + (0 if h is None else h)
+        return net.gamma_beta(guide)[inside].flatten(2).std(-1).max().item()
+
+    assert spread(None) < 1e-6 < 1e-3 < spread(torch.rand(1, 4, 8, 8))
+
+
+def test_eq_1_and_6_residual_block():
+    """Out = shortcut(norm_s(d, M)) + main(d, M, H); H reaches the main branch alone."""
+    torch.manual_seed(0)
+    block = lab2pix.GenResBlk(4, 2, 3, hidden=4).eval()
+    d, m, h = torch.randn(2, 4, 6, 6), torch.rand(2, 3, 6, 6), torch.rand(2, 4, 6, 6)
+    main = block.conv_0(F.leaky_relu(block.norm_0(d, m, h), 0.2))
+    main = block.conv_1(F.leaky_relu(block.norm_1(main, m, h), 0.2))
+    torch.testing.assert_close(block(d, m, h), main + block.conv_s(block.norm_s(d, m)))
+    block = lab2pix.GenResBlk(4, 4, 3, hidden=4)
+    for name in ("conv_0", "conv_1"):           # spectral norm: the largest singular value is 1
+        for _ in range(30):
+            block(d, m)
+        weight = getattr(block, name).weight.detach().flatten(1)
+        assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=0.02)
+    nn.init.zeros_(block.conv_1.bias)
+    block.conv_1.parametrizations.weight.original.data.mul_(0)
+    assert torch.equal(block.eval()(d, m), d) or block(d, m).isnan().any()
+
+
+def test_the_released_v1_block_has_no_shortcut_of_its_own():
+    block = lab2pix.GenResBlk(4, 4, 3, hidden=4, form="v1code")
+    nn.init.zeros_(block.conv_1.weight)
+    nn.init.zeros_(block.conv_1.bias)
+    assert not block(torch.randn(1, 4, 6, 6), torch.rand(1, 3, 6, 6)).any()
+
+
+@pytest.mark.parametrize("s", [1, 2, 3, 4, 5, 8, 16])
+def test_eq_2_enlarged_convolution_is_exact(s):
+    """conv(up(x)) and its gradients, from a ninth of the pixels."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 2, 3, 1, 1).double(), torch.randn(2, 3, 3, 4).double()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast = lab2pix.convolve_enlarged(a, conv, s)
+    plain = conv(F.interpolate(b, scale_factor=float(s), mode="nearest"))
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
+    weight = torch.randn_like(plain)
+    (fast * weight).sum().backward()
+    (plain * weight).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-11)
+
+
+def test_eq_2_global_encoder():
+    """One small map of the whole label, enlarged to the size of each block; after a ReLU."""
+    net = lab2pix.GlobalEncoder(3, 4, 5, 5)
+    m = torch.rand(1, 3, 64, 128)
+    maps = net(m)
+    assert [tuple(h.shape) for h in maps] == [(1, 8, 4 << j, 8 << j) for j in range(5)]
+    assert all((h >= 0).all() and (h > 0).any() for h in maps)
+    m.requires_grad_()
+    net(m)[-1][0, :, 32, 64].sum().backward()
+    reach = m.grad[0].abs().sum(0).nonzero()
+    assert (reach.max(0).values - reach.min(0).values).min() > 40          # beyond a 3 x 3
+
+
+@pytest.mark.parametrize("form", ["paper", "v1code"])
+def test_eq_7_co_attention(form):
+    """A_m of one channel, in (0, 1), mixes h' and f; the paper's A_m by loops."""
+    torch.manual_seed(0)
+    net = lab2pix.LSCA(3, 2, 4, form).double()
+    h, f, m = torch.randn(1, 3, 3, 3), torch.randn(1, 2, 6, 6), torch.rand(1, 4, 6, 6)
+    h, f, m = h.double(), f.double(), m.double()
+    out = net(h, f, m)[0].detach().numpy()
+    H, Fk, M = arrays(h[0], f[0], m[0])
+    H = conv2d(H.repeat(2, 1).repeat(2, 2), *arrays(net.merge.weight, net.merge.bias))
+    if form == "v1code":
+        H = np.maximum(H, 0)
+        L = np.maximum(conv2d(M, *arrays(net.label.weight, net.label.bias)), 0)
+        norm = [(t - t.mean((1, 2), keepdims=True)) / np.sqrt(t.var((1, 2), keepdims=True) + 1e-5)
+                for t in (H, Fk, L)]
+        seen = np.concatenate(norm)
+    else:
+        seen = np.concatenate([H, Fk, M])
+    A = 1 / (1 + np.exp(-conv2d(seen, *arrays(net.mask.weight, net.mask.bias))))
+    assert A.shape[0] == 1
+    assert out == pytest.approx(H * A + Fk * (1 - A), abs=1e-9)
+
+
+def test_labels_are_resized_by_nearest_sketches_by_average():
+    ids = torch.randint(0, 5, (2, 8, 8))
+    m = F.one_hot(ids, 5).movedim(-1, 1).float()
+    assert torch.equal(lab2pix.resize_label(m, (4, 4)).argmax(1), ids[:, ::2, ::2])
+    largest = lab2pix.resize_label(m, (4, 4), "v1code").argmax(1)
+    assert torch.equal(largest, ids.unfold(1, 2, 2).unfold(2, 2, 2).amax((-1, -2)))
+    sketch = torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(lab2pix.resize_label(sketch, (4, 4)), F.avg_pool2d(sketch, 2))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: GeneratorV1(5, (64, 64), 2, 5, 4), lambda: GeneratorV2(5, (64, 64), 2, 4, 4),
+    lambda: GeneratorV1(1, (64, 64), 2, 5, 4, sketch=True)])
+def test_eq_17_and_21_images_depend_on_noise_and_label(make):
+    torch.manual_seed(0)
+    G = make().eval()
+    n = G.blocks[0].norm_0.shared.in_channels
+    m, z = torch.rand(1, n, 64, 64), torch.randn(1, 4)
+    first = G(z, m)
+    assert all((x.abs() <= 1).all() for x in first)
+    for other in (G(torch.randn(1, 4), m), G(z, torch.rand(1, n, 64, 64))):
+        assert all((a - b).abs().max() > 1e-6 for a, b in zip(first, other))
+
+
+def test_first_feature_from_the_label_has_no_noise():
+    G = GeneratorV2(5, (64, 64), 2, 4, 4, first="label").eval()
+    m = torch.rand(1, 5, 64, 64)
+    assert torch.equal(G(torch.randn(1, 4), m)[0], G(torch.randn(1, 4), m)[0])
+
+
+def test_progressive_images_come_from_features_of_three_sizes():
+    """X_1 does not know what later blocks do: their weights get no gradient from it."""
+    G = GeneratorV1(5, (64, 64), 2, 5, 4)
+    G(torch.randn(1, 4), torch.rand(1, 5, 64, 64))[2].sum().backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in block.parameters())
+               for block in G.blocks]
+    assert touched == [True, True, True, False, False]
+    assert len(GeneratorV1(5, (64, 64), 2, 5, 4, pg=False, lsca=False).heads) == 1
+
+
+# -------------------------------------------------------------------------------- Discriminators
+
+def test_eq_8_and_23_levels_and_mini_inception():
+    D = lab2pix.Discriminators(7, 3, 4, vgg_width=2)
+    sizes = (128, 64, 32)
+    taps = [[torch.rand(1, c, s >> k, s >> k) for k, c in ((3, 8), (4, 16), (5, 16))]
+            for s in sizes]
+    verdicts = D([torch.rand(1, 7, s, s) for s in sizes], taps)
+    assert [len(levels) for levels, _ in verdicts] == [3, 2, 1]
+    block, x = lab2pix.MiniInception(4), torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(block.eval()(x), block.pool(x) + block.three(x) + block.five(x))
+    kernels = [[m.kernel_size[0] for m in branch if isinstance(m, nn.Conv2d)]
+               for branch in (block.pool, block.three, block.five)]
+    assert kernels == [[1], [1, 3], [1, 3, 3]]
+
+
+def test_the_perceptual_branch_matters_at_every_level_and_its_gradient_reaches_the_image():
+    cfg = replace(configure("toy"), **TINY)
+    state = lab2pix.build(cfg, CPU)
+    D = state.discriminator.scales[0].eval()
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    m = torch.zeros(1, 13, 64, 64)
+    tap = lab2pix.taps(lab2pix.perceive(state.vgg16, [x]))[0]
+    levels, _ = D(torch.cat([m, x.detach()], 1), tap)
+    for level in levels:
+        gradient, = torch.autograd.grad(level.sum(), x, retain_graph=True)
+        assert gradient.abs().max() > 0          # through the VGG alone: D saw x detached
+    assert not any(p.requires_grad for p in state.vgg16.parameters())
+
+
+def test_label_is_seen_in_v2_and_not_in_v1():
+    v1, v2 = (replace(configure("toy", version=v), **t)
+              for v, t in (("V1", TINY_V1), ("V2", TINY)))
+    for cfg, c_in in ((v1, 3), (v2, 12 + 1 + 3)):
+        D = lab2pix.networks(cfg)[1]
+        assert D.scales[0].common[0][0].in_channels == c_in
+    x, m = torch.rand(4, 3, 8, 8), torch.rand(2, 5, 8, 8)
+    joined, = lab2pix.with_label([x], [m])
+    for k in range(4):
+        assert torch.equal(joined[k], torch.cat([m[k % 2], x[k]]))
+
+
+# ------------------------------------------------------------------------------------- Losses
+
+def verdicts(seed: int, n: int = 2) -> list:
+    """Verdicts of three discriminators with 3, 2, 1 levels, and features."""
+    g = torch.Generator().manual_seed(seed)
+
+    def some(*shape):
+        return 2 * torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return [[[some(n, 1, 8 >> (k + l), 8 >> (k + l)) for l in range(3 - k)],
+             [some(n, 3, 4, 4) for _ in range(8 - 2 * k)]] for k in range(3)]
+
+
+def weighted(v: list, q, mask: np.ndarray | None = None) -> float:
+    """Eq. (10) by loops: level weights 1, 1/2, 1/4 over their sum, discriminators added."""
+    total = 0.0
+    for levels, _ in v:
+        sums, weights = 0.0, 0.0
+        for l, d in enumerate(levels):
+            values, lam = q(d.numpy()), 1 / 2 ** l
+            if mask is not None:
+                k = mask.shape[-1] // values.shape[-1]
+                w = np.zeros_like(values)
+                for n in range(len(values)):
+                    for i in range(values.shape[2]):
+                        for j in range(values.shape[3]):
+                            w[n, 0, i, j] = mask[n, 0, i * k:(i + 1) * k, j * k:(j + 1) * k].mean()
+                values = values * w
+            sums, weights = sums + lam * values.mean(), weights + lam
+        total += sums / weights
+    return total
+
+
+def sigmoid(d):
+    return 1 / (1 + np.exp(-d))
+
+
+TERMS = {("vanilla", "g"): lambda d: -np.log(sigmoid(d)), ("hinge", "g"): lambda d: -d,
+         ("vanilla", "fake"): lambda d: -np.log(1 - sigmoid(d)),
+         ("hinge", "fake"): lambda d: np.maximum(0, 1 + d),
+         ("vanilla", "real"): lambda d: -np.log(sigmoid(d)),
+         ("hinge", "real"): lambda d: np.maximum(0, 1 - d)}
+
+
+@pytest.mark.parametrize("gan", ["vanilla", "hinge"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_eq_10_to_16_and_24_to_27_and_30_adversarial_losses(gan, masked):
+    v = verdicts(1)
+    mask = torch.rand(2, 1, 64, 64, dtype=torch.float64) if masked else None
+    w = None if mask is None else mask.numpy()
+    g, fake, real = (f(v, gan, mask).item() for f in (
+        lab2pix.generator_loss, lab2pix.fake_loss, lab2pix.real_loss))
+    assert g == pytest.approx(weighted(v, TERMS[gan, "g"], w), rel=1e-9)
+    assert fake == pytest.approx(weighted(v, TERMS[gan, "fake"], w), rel=1e-9)
+    assert real == pytest.approx(weighted(v, TERMS[gan, "real"], w), rel=1e-9)
+    assert lab2pix.discriminator_loss(real, fake) == pytest.approx((real + fake) / 2)
+    assert lab2pix.sharpness_loss(real, fake) == pytest.approx((real + fake) / 2)
+
+
+def test_eq_10_vanilla_does_not_overflow_and_teaches_while_d_wins():
+    d = torch.full((1, 1, 2, 2), -200.0, requires_grad=True)
+    loss = lab2pix.generator_loss([[[d], []]], "vanilla")
+    loss.backward()
+    assert loss.isfinite() and d.grad.sum().item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("T, value", [(2.0, 0.842105), (5.0, 0.571429)])
+def test_eq_9_foreground_mask(T, value):
+    """A = 3 pixels of foreground, B = 13 of background; the mean is 1."""
+    label = torch.full((1, 4, 4), common.CLASS_ID["road"])
+    label[0, 0, :3] = common.CLASS_ID["car"]
+    mask = lab2pix.foreground_mask(label, "streets", T)
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0, 3].numpy() == pytest.approx(value, abs=1e-6)
+    assert mask[0, 0, 0, :3].numpy() == pytest.approx(T * value, abs=1e-5)
+    assert mask.mean().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_eq_9_mean_is_1_for_every_image_and_at_every_level():
+    label = torch.randint(0, 12, (3, 64, 64))
+    label[1], label[2] = common.CLASS_ID["car"], common.CLASS_ID["sky"]       # B = 0, A = 0
+    mask = lab2pix.foreground_mask(label, "streets", 5.0)
+    assert mask.mean((1, 2, 3)).numpy() == pytest.approx(1, abs=1e-5)
+    assert mask[1].numpy() == pytest.approx(1) and mask[2].numpy() == pytest.approx(1)
+    for side in (32, 8, 4):
+        ones = torch.ones(3, 1, side, side)
+        assert lab2pix.expectation(ones, mask).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_eq_14_every_sample_has_its_own_mask():
+    """The release multiplies (B, h, w) with (B, 1, h, w), and so takes the batch's mean mask."""
+    mask = torch.tensor([[[[4.0]]], [[[0.0]]]])
+    q = torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)
+    assert lab2pix.expectation(q, mask).item() == pytest.approx((4 * 1 + 0 * 10) / 2)
+
+
+@pytest.mark.parametrize("classes, front, back", [
+    ("cityscapes", "pole traffic_sign person car terrain", "sky road building vegetation"),
+    ("ade20k", "chair car animal", "wall sky floor ceiling sea"),
+    ("coco_stuff", "person car dog", "sky-other road sea wall-brick floor-wood"),
+    ("streets", "pole person car truck", "sky building road"),
+    ("camvid", "car pedestrian pole", "sky road building")])
+def test_foreground_by_name(classes, front, back):
+    names = common.class_table(classes).names
+    chosen = {names[k] for k in lab2pix.foreground_classes(classes)}
+    assert {n.replace("_", " ") for n in front.split()} <= chosen
+    assert not {n.replace("_", " ") for n in back.split()} & chosen
+
+
+def test_foreground_unknown_pixels_are_background():
+    label = torch.tensor([[[11, 8], [11, 11]]])               # CamVid: unknown, car
+    mask = lab2pix.foreground_mask(label, "camvid", 2.0)
+    assert mask[0, 0, 0, 1] == 2 * mask[0, 0, 0, 0]
+
+
+def test_eq_16_blur_halves_and_doubles():
+    y = torch.rand(1, 3, 6, 8)
+    blurred = lab2pix.blur(y)
+    for i in range(6):
+        for j in range(8):
+            a, b = i // 2 * 2, j // 2 * 2
+            torch.testing.assert_close(blurred[..., i, j], y[..., a:a + 2, b:b + 2].mean((2, 3)))
+
+
+def features(layers, seed: int) -> list[dict]:
+    g = torch.Generator().manual_seed(seed)
+    return [{k: torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for k in layers}
+            for _ in range(2)]
+
+
+def test_eq_18_consistency_is_a_norm_per_image():
+    layers = ("conv1_2", "conv2_2", "conv3_2", "conv4_2", "conv5_2")
+    a, b = features(layers, 0), features(layers, 1)
+    expected = sum(np.mean([np.sqrt(((x[k][n] - y[k][n]).numpy() ** 2).sum()) for n in range(2)])
+                   for x, y in zip(a, b) for k in layers)
+    assert lab2pix.consistency_loss(a, b).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_eq_19_cycle_segmentation():
+    """Cross-entropy by loops: nearest enlargement, mean over pixels, sum over the three S_i."""
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (2, 8, 8))
+    logits = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 4, 2)]
+    total = 0.0
+    for s in logits:
+        k, values = 8 // s.shape[-1], []
+        for n in range(2):
+            for i in range(8):
+                for j in range(8):
+                    e = np.exp(s[n, :, i // k, j // k].numpy())
+                    values.append(-np.log(e[label[n, i, j]] / e.sum()))
+        total += np.mean(values)
+    assert lab2pix.cycle_segmentation_loss(logits, label).item() == pytest.approx(total, rel=1e-9)
+
+
+def test_eq_28_perceptual_loss():
+    layers = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4,
+              "relu5_1": 1}
+    a, b = features(layers, 2), features(layers, 3)
+    expected = sum(w * np.abs((x[k] - y[k]).numpy()).mean() for x, y in zip(a, b)
+                   for k, w in layers.items())
+    assert lab2pix.perceptual_loss(a, b).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_eq_29_feature_matching():
+    a, b = verdicts(4), verdicts(5)
+    terms = [[np.abs((x - y).numpy()).mean() for x, y in zip(f, g)]
+             for (_, f), (_, g) in zip(a, b)]
+    assert lab2pix.feature_matching_loss(a, b).item() == pytest.approx(
+        sum(np.mean(t) for t in terms), rel=1e-12)
+    assert lab2pix.feature_matching_loss(a, b, released=True).item() == pytest.approx(
+        np.mean([sum(t) for t in terms]), rel=1e-12)
+
+
+def test_pyramids():
+    """V1 averages 2 x 2; V2 3 x 3 with stride 2, the border's missing pixels not counted."""
+    x = torch.rand(1, 2, 8, 8)
+    one, two = (lab2pix.pyramid(x, 3, Config(version=v)) for v in ("V1", "V2"))
+    assert [p.shape[-1] for p in one] == [p.shape[-1] for p in two] == [8, 4, 2]
+    torch.testing.assert_close(one[1][..., 1, 1], x[..., 2:4, 2:4].mean((2, 3)))
+    torch.testing.assert_close(two[1][..., 0, 0], x[..., :2, :2].mean((2, 3)))
+    torch.testing.assert_close(two[1][..., 1, 2], x[..., 1:4, 3:6].mean((2, 3)))
+    torch.testing.assert_close(two[2], lab2pix.pyramid(two[1], 2, Config())[1])
+
+
+# ------------------------------------------------------------------------------------ Training
+
+def frozen_bits(state: lab2pix.State) -> dict:
+    return {name: copy.deepcopy(getattr(state, name).state_dict()) for name in lab2pix.NETWORKS
+            if getattr(state, name) is not None}
+
+
+def test_eq_20_step_v1_is_the_textbook_step():
+    """D twice on the same images, once detached, each player's own backward pass: same weights."""
+    cfg = replace(configure("toy-V1"), **TINY_V1, lambda_3=1e-3, epochs=3)
+    batch = batch_of(cfg)
+    state, other = (lab2pix.build(cfg, CPU) for _ in "12")
+    state.epoch = other.epoch = 1                                         # lambda_2 = 1/2
+    torch.manual_seed(5)
+    losses = lab2pix.train_step(state, batch, cfg)
+    torch.manual_seed(5)
+    G, D, S, vgg = other.generator, other.discriminator, other.segmenter, other.vgg16
+    m, y, w = batch["input"], batch["image"], batch["mask"]
+    x = G(torch.randn(len(m), cfg.noise), m)
+    ys = [y, F.avg_pool2d(y, 2), F.avg_pool2d(y, 4)]
+
+    def judge(images):
+        return D(images, [[vgg(i)[k] for k in ("pool3", "pool4", "pool5")] for i in images])
+
+    def level_sum(v, loss, mask=None):
+        total = 0
+        for levels, _ in v:
+            lam = [1, 0.5, 0.25][:len(levels)]
+            for k, d in zip(lam, levels):
+                q = loss(d) if mask is None else loss(d) * F.avg_pool2d(
+                    mask, mask.shape[-1] // d.shape[-1])
+                total = total + k * q.mean() / sum(lam)
+        return total
+
+    def real_term(d):
+        return -F.logsigmoid(d)
+
+    def fake_term(d):
+        return -F.logsigmoid(-d)
+
+    con = 0
+    for fine, coarse in ((x[1], x[2]), (x[0], x[1])):
+        a, b = vgg(F.avg_pool2d(fine, 2)), vgg(coarse)
+        con = con + sum((a[k] - b[k]).square().flatten(1).sum(1).sqrt().mean()
+                        for k in lab2pix.CONSISTENCY_LAYERS)
+    seg = sum(F.cross_entropy(F.interpolate(s, cfg.size), batch["label"]) for s in S(x))
+    loss_g = level_sum(judge(x), real_term, w) + 1e-3 * con + 10 * seg
+    grads_g = torch.autograd.grad(loss_g, [*G.parameters(), *S.parameters()])
+    blurred = [F.interpolate(F.avg_pool2d(each, 2), scale_factor=2.0) for each in ys]
+    real = level_sum(judge(ys), real_term)
+    fake = level_sum(judge([each.detach() for each in x]), fake_term, w)
+    loss_d = (real + fake) / 2 + 0.5 * (real + level_sum(judge(blurred), fake_term)) / 2
+    grads_d = torch.autograd.grad(loss_d, [*D.parameters()])
+    for opt, parameters, grads in ((other.opt_g, [*G.parameters(), *S.parameters()], grads_g),
+                                   (other.opt_d, [*D.parameters()], grads_d)):
+        for p, g in zip(parameters, grads):
+            p.grad = g
+        opt.step()
+    assert losses["g_con"].item() == pytest.approx(con.item(), rel=1e-4)
+    assert losses["g_seg"].item() == pytest.approx(seg.item(), rel=1e-4)
+    for name in lab2pix.NETWORKS:
+        ours, theirs = (list(getattr(s, name).parameters()) for s in (state, other))
+        scale = max(q.grad.abs().max().item() for q in theirs)            # biases before a norm: 0
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=0, atol=2.1 * cfg.lr)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-4 * scale)
+
+
+def test_eq_31_step_v2_is_the_textbook_step():
+    """G's objective and D's, from separate passes over real, generated and blurred photos."""
+    cfg = replace(configure("toy"), **TINY)
+    batch = batch_of(cfg)
+    state, other = (lab2pix.build(cfg, CPU) for _ in "12")
+    # Spectral norm's vectors move with every pass in training; eval keeps both sides comparable.
+    for each in (state, other):
+        each.discriminator.eval()
+    torch.manual_seed(5)
+    losses = lab2pix.train_step(state, batch, cfg)
+    torch.manual_seed(5)
+    G, D = other.generator, other.discriminator
+    m, y, w = batch["input"], batch["image"], batch["mask"]
+    z = torch.randn(len(m), cfg.noise)
+
+    def half(t):
+        return F.avg_pool2d(t, 3, 2, 1, count_include_pad=False)
+
+    def judge(image, small):
+        pair = [torch.cat([m, image], 1), torch.cat([half(m), small], 1)]
+        return D(pair, [[other.vgg16(i)[k] for k in lab2pix.TAPS] for i in (image, small)])
+
+    def level_sum(v, loss):
+        total = 0
+        for levels, _ in v:
+            lam = [1, 0.5, 0.25][:len(levels)]
+            total = total + sum(
+                k * (loss(d) * F.avg_pool2d(w, w.shape[-1] // d.shape[-1])).mean() / sum(lam)
+                for k, d in zip(lam, levels))
+        return total
+
+    x = G(z, m)[0]
+    fake, real = judge(x, half(x)), judge(y, half(y))
+    vgg = sum(weight * (other.vgg19(a)[k] - other.vgg19(b)[k]).abs().mean()
+              for a, b in ((x, y), (half(x), half(y)))
+              for k, weight in lab2pix.VGG_LAYERS.items())
+    fm = sum(sum((a - b.detach()).abs().mean() for a, b in zip(f, g)) / len(f)
+             for (_, f), (_, g) in zip(fake, real))
+    adv = level_sum(fake, lambda d: -d)
+    grads = torch.autograd.grad(adv + 10 * vgg + 10 * fm, [*G.parameters()])
+    assert losses["g_adv"].item() == pytest.approx(adv.item(), abs=1e-4)
+    assert losses["g_vgg"].item() == pytest.approx(vgg.item(), rel=1e-4)
+    assert losses["g_fm"].item() == pytest.approx(fm.item(), rel=1e-4)
+    for p, q, g in zip(state.generator.parameters(), G.parameters(), grads):
+        torch.testing.assert_close(p.grad, g, rtol=1e-2, atol=1e-3 * g.abs().max().item() + 1e-6)
+        q.grad = g
+    other.opt_g.step()
+    with torch.no_grad():
+        x = G(z, m)[0]                                                    # by the updated G
+        soft = [F.interpolate(F.avg_pool2d(t, 2), scale_factor=2.0) for t in (y, half(y))]
+    real = level_sum(judge(y, half(y)), lambda d: F.relu(1 - d))
+    fake = level_sum(judge(x, half(x)), lambda d: F.relu(1 + d))
+    blurred = level_sum(judge(*soft), lambda d: F.relu(1 + d))
+    loss = (real + fake) / 2 + (real + blurred) / 2
+    grads = torch.autograd.grad(loss, [*D.parameters()])
+    for name, value in (("d_real", real), ("d_fake", fake), ("d_blur", blurred)):
+        assert losses[name].item() == pytest.approx(value.item(), abs=2e-3)
+    for p, g in zip(state.discriminator.parameters(), grads):
+        torch.testing.assert_close(p.grad, g, rtol=0.05, atol=0.02 * g.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_both_players_move_and_vgg_rests(version):
+    cfg = replace(configure("toy", version=version), **(TINY_V1 if version == "V1" else TINY))
+    state, batch = lab2pix.build(cfg, CPU), None
+    before = frozen_bits(state)
+    vgg = copy.deepcopy(dict(state.vgg16.named_parameters()))
+    state.epoch, batch = 1, batch_of(cfg)
+    lab2pix.train_step(state, batch, cfg)
+    for name, old in before.items():
+        for key, p in getattr(state, name).named_parameters():
+            # A bias right before a normalisation has no effect, hence no gradient worth the name.
+            assert not torch.equal(p, old[key]) or p.grad.abs().max() < 1e-6, (name, key)
+    assert all(torch.equal(p, vgg[k]) for k, p in state.vgg16.named_parameters())
+
+
+def test_step_of_v1_never_pairs_its_photo_with_its_label():
+    """G and S learn the same whichever photo comes with the label, but for D's opinion."""
+    cfg = replace(configure("toy-V1"), **TINY_V1)
+    a, b = batch_of(cfg), batch_of(cfg)
+    b["image"] = b["image"].flip(0)
+    values = []
+    for batch in (a, b):
+        state = lab2pix.build(cfg, CPU)
+        torch.manual_seed(1)
+        values.append(lab2pix.train_step(state, batch, cfg))
+    for name in ("g_adv", "g_con", "g_seg", "d_fake"):
+        assert values[0][name].item() == pytest.approx(values[1][name].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("row", list(lab2pix.ABLATIONS))
+def test_table_1_and_2_every_row_is_built_and_steps(row):
+    v1 = row.endswith("u")
+    cfg = replace(configure("toy", row), **{k: v for k, v in (TINY_V1 if v1 else TINY).items()
+                                            if k != "version"})
+    lab2pix.check_config(cfg)
+    place = row[0]
+    state = lab2pix.build(cfg, CPU)
+    G, D = state.generator, state.discriminator.scales
+    assert (G.globe is not None) == (row in ("H_u", "E_s"))
+    hpd = place >= "E" if v1 else place >= "B"
+    assert isinstance(D[0], lab2pix.PerceptualDiscriminator) == hpd
+    assert cfg.T == ((2 if place >= "F" else 1) if v1 else (5 if place >= "C" else 1))
+    assert cfg.lambda_2 == float(place >= "G" if v1 else place >= "D")
+    if v1:
+        assert (len(G.heads), len(G.lsca), len(state.segmenter.scales)) == (
+            3 if place >= "B" else 1, 3 if place >= "C" else 0, 3 if place >= "B" else 1)
+        assert cfg.lambda_3 == (5e-6 if place >= "D" else 0)
+        assert len(D) == (2 if row == "A_u" else 3)
+        assert cfg.lambda_4 == 10 and cfg.gan == "vanilla"
+    else:
+        assert len(D) == 2 and cfg.gan == "hinge" and cfg.lambda_5 == cfg.lambda_6 == 10
+    losses = lab2pix.train_step(state, batch_of(cfg), cfg)
+    assert all(v.isfinite() for v in losses.values())
+    assert ("d_blur" in losses) == (cfg.lambda_2 > 0) and ("g_con" in losses) == (cfg.lambda_3 > 0)
+
+
+def test_last_rows_of_the_tables_are_the_versions():
+    for row, version in (("H_u", "V1"), ("E_s", "V2")):
+        assert replace(configure("", row), ablation="") == configure(version=version)
+
+
+def test_versions_are_the_papers():
+    """Sec. 5.2, line by line."""
+    v1, v2, hd = (configure(version=v) for v in ("V1", "V2", "V2-H"))
+    assert (v1.size, v1.batch_size, v1.epochs, v1.T) == ((256, 512), 1, 100, 2)
+    assert v1.betas == (0.5, 0.999)
+    assert (v1.ramp, v1.lambda_3, v1.lambda_4, v1.gan, v1.scales) == (True, 5e-6, 10, "vanilla", 3)
+    assert (v2.size, v2.batch_size, v2.epochs, v2.betas, v2.T) == ((256, 512), 20, 200, (0, .9), 5)
+    assert (v2.lambda_2, v2.lambda_5, v2.lambda_6, v2.gan, v2.scales) == (1, 10, 10, "hinge", 2)
+    assert (hd.size, hd.batch_size, hd.epochs, hd.scales, hd.ups) == ((512, 1024), 8, 200, 3, 7)
+    assert v2 == Config()
+    shoes = configure("V1-edges2shoes")
+    assert (shoes.batch_size, shoes.epochs, shoes.decay, shoes.ramp, shoes.T) == (4, 10, False,
+                                                                                  False, 1)
+    for name in ("V2-coco", "V2-ade20k"):
+        cfg = configure(name)
+        assert (cfg.size, cfg.batch_size, cfg.epochs, cfg.ups) == ((256, 256), 40, 100, 5)
+    assert all(configure(p).lr == 2e-4 for p in lab2pix.PRESETS if not p.startswith("toy"))
+    for name in lab2pix.PRESETS:
+        lab2pix.check_config(configure(name))
+
+
+def test_learning_rates_and_ramp():
+    cfg = Config(epochs=100)
+    rates = [lab2pix.learning_rates(cfg, e)[0] / 2e-4 for e in range(100)]
+    assert rates[:51] == [1] * 51 and np.diff(rates[50:]) == pytest.approx(-1 / 50)
+    assert rates[-1] == pytest.approx(1 / 50)                             # not yet 0
+    assert lab2pix.learning_rates(Config(ttur=True), 0) == pytest.approx((1e-4, 4e-4))
+    assert set(lab2pix.learning_rates(Config(decay=False), 199)) == {2e-4}
+    ramp = configure(version="V1")
+    assert [lab2pix.lambda_2(ramp, e) for e in (0, 99)] == [0, 1]
+    assert lab2pix.lambda_2(Config(), 0) == 1
+
+
+def test_one_batch_can_be_overfitted():
+    """V2: in 20 steps on two photos the perceptual loss falls by half."""
+    cfg = replace(configure("toy"), **TINY | dict(lr=2e-3, width=8, d_width=4, gain=1.0))
+    data = common.Dataset("", "train", cfg.size, limit=2)
+    batch = lab2pix.make_pair(torch.utils.data.default_collate([data[0], data[1]]), cfg)
+    state = lab2pix.build(cfg, CPU)
+    torch.manual_seed(0)
+    seen = [lab2pix.train_step(state, batch, cfg)["g_vgg"].item() for _ in range(20)]
+    assert np.mean(seen[-5:]) < 0.5 * seen[0], seen
+
+
+def test_initialisation():
+    """N(0, 0.02) in V1, Xavier with gain 0.02 in V2; under spectral norm as well."""
+    for cfg, deviation in ((configure(version="V1", width=8, d_width=8, classes="streets"), 0.02),
+                           (configure(width=8, d_width=8, classes="streets"), None)):
+        G = lab2pix.networks(cfg)[0]
+        weight = G.blocks[0].conv_0.parametrizations.weight.original
+        expected = deviation or 0.02 * math.sqrt(2 / (9 * (weight.shape[0] + weight.shape[1])))
+        assert weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not G.blocks[0].conv_0.bias.any() and (G.blocks[0].norm_0.norm.weight == 1).all()
+
+
+def test_speed_settings_do_not_change_the_result():
+    values = {}
+    for channels_last in (False, True):
+        cfg = replace(configure("toy"), **TINY, channels_last=channels_last)
+        state = lab2pix.build(cfg, CPU)
+        torch.manual_seed(1)
+        values[channels_last] = [{k: v.item() for k, v in
+                                  lab2pix.train_step(state, batch_of(cfg), cfg).items()}]
+    for plain, ordered in zip(values[False], values[True]):
+        assert ordered == pytest.approx(plain, abs=2e-3)
+
+
+# ------------------------------------------------------------------------------- Unpaired data
+
+def test_no_photo_is_ever_served_with_its_own_label():
+    """For every epoch: the photos are a permutation without fixed points."""
+    source = common.Dataset("", "train", (32, 32), limit=7)
+    own = [source[i] for i in range(7)]
+    data = lab2pix.Unpaired(source)
+    orders = set()
+    for epoch in range(12):
+        data.epoch = epoch
+        order = [data.partner(i) for i in range(7)]
+        orders.add(tuple(order))
+        assert sorted(order) == list(range(7)) and all(k != i for i, k in enumerate(order))
+        for i in (0, 3):
+            item = data[i]
+            assert torch.equal(item["label"], own[i]["label"])
+            assert torch.equal(item["image"], own[order[i]]["image"])
+            assert not torch.equal(item["image"], own[i]["image"])
+    assert len(orders) > 8                                 # another cycle in each epoch
+
+
+def test_two_examples_are_the_least_that_can_be_unpaired():
+    with pytest.raises(common.UserError, match="two"):
+        lab2pix.Unpaired(common.Dataset("", "train", (32, 32), limit=1))
+
+
+def test_sketches_made_from_photos_are_edges():
+    image = -torch.ones(1, 3, 32, 32)
+    image[..., 16:] = 1
+    sketch = lab2pix.sketch_of(image)
+    assert sketch.shape == (1, 1, 32, 32) and set(sketch.unique().tolist()) == {-1, 1}
+    columns = (sketch[0, 0] < 0).any(0).nonzero().flatten().tolist()
+    assert columns and set(columns) <= set(range(13, 19))
+    pair = lab2pix.make_pair({"image": image}, configure("toy-V1", task="edges"))
+    assert torch.equal(pair["label"][:, None] == 1, sketch < 0)
+
+
+# -------------------------------------------------------------------------- Sampling, evaluation
+
+@pytest.mark.parametrize("h, w", [(64, 64), (50, 70), (16, 100), (65, 128)])
+def test_translate_gives_the_size_of_its_input(h, w):
+    G = GeneratorV2(5, (64, 64), 2, 4, 4).eval()
+    m, z = torch.rand(2, 5, h, w), torch.randn(2, 4)
+    x = lab2pix.translate(G, z, m)
+    assert x.shape == (2, 3, h, w)
+    rows, columns = (np.pad(np.arange(n), (0, -n % 16), "reflect") for n in (h, w))
+    padded = m[..., torch.from_numpy(rows), :][..., torch.from_numpy(columns)]
+    torch.testing.assert_close(x, G(z, padded)[0][..., :h, :w])
+    torch.testing.assert_close(x[1:], lab2pix.translate(G, z[1:], m[1:]))
+
+
+def test_at_test_time_batch_norm_uses_running_averages():
+    cfg = replace(configure("toy"), **TINY)
+    state = lab2pix.build(cfg, CPU)
+    lab2pix.train_step(state, batch_of(cfg), cfg)
+    G = lab2pix.test_time(state, cfg)
+    before = copy.deepcopy(G.state_dict())
+    lab2pix.translate(G, torch.randn(1, cfg.noise), torch.rand(1, 13, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
+    assert any(v.abs().max() > 0 for k, v in before.items() if k.endswith("running_mean"))
+
+
+def test_table_3_psnr_and_ssim():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 3, 16, 18).double() * 2 - 1, torch.rand(2, 3, 16, 18).double() * 2 - 1
+    a, b = ((t.numpy() + 1) / 2 for t in (x, y))
+    expected = [10 * np.log10(1 / ((a[n] - b[n]) ** 2).mean()) for n in range(2)]
+    assert lab2pix.psnr(x, y).numpy() == pytest.approx(expected, rel=1e-9)
+    line = np.exp(-(np.arange(11) - 5) ** 2 / 4.5)
+    window = np.outer(line, line) / line.sum() ** 2
+    scores = []
+    for c in range(3):
+        for i in range(6):
+            for j in range(8):
+                p, q = (t[0, c, i:i + 11, j:j + 11] for t in (a, b))
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq = (window * p * p).sum() - mp ** 2, (window * q * q).sum() - mq ** 2
+                cov = (window * p * q).sum() - mp * mq
+                scores.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4)
+                              / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+    assert lab2pix.ssim(x, y)[0].item() == pytest.approx(np.mean(scores), rel=1e-5)
+    assert lab2pix.ssim(x, x)[0].item() == pytest.approx(1)
+
+
+def test_frechet_distance():
+    """Against the formula with a matrix root, and 0 of a set with itself."""
+    g = np.random.default_rng(0)
+    p, q = g.standard_normal((40, 5)), 2 * g.standard_normal((30, 5)) + 1
+    cp, cq = np.cov(p.T), np.cov(q.T)
+    root = np.sqrt(np.linalg.eigvals(cp @ cq).real).sum()
+    expected = ((p.mean(0) - q.mean(0)) ** 2).sum() + np.trace(cp + cq) - 2 * root
+    assert lab2pix.frechet_distance(torch.tensor(p), torch.tensor(q)) == pytest.approx(expected)
+    assert lab2pix.frechet_distance(torch.tensor(p), torch.tensor(p)) == pytest.approx(0, abs=1e-9)
+
+
+def test_bf16_keeps_losses_and_weights_in_float32():
+    cfg = replace(configure("toy"), **TINY, precision="bf16")
+    state = lab2pix.build(cfg, CPU)
+    losses = lab2pix.train_step(state, batch_of(cfg), cfg)
+    assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    assert all(p.dtype == torch.float32 for p in state.generator.parameters())
+
+
+# ------------------------------------------------------------------------------ Map and wording
+
+def test_paper_map_lists_every_equation_table_and_figure():
+    listed = set()
+    for entry in paper_map(lab2pix):
+        for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)(?:-(\d+))?\)?", entry):
+            listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
+    missing = ({("Eq.", n) for n in range(1, 33)} | {("Table", n) for n in range(1, 7)}
+               | {("Fig.", n) for n in range(1, 22)}) - listed
+    assert not missing
+
+
+def test_paper_map_points_at_what_exists():
+    flags = {s for action in lab2pix.parser()._actions for s in action.option_strings}
+    for entry, place in paper_map(lab2pix).items():
+        assert all(f in flags for f in re.findall(r"--[\w-]+", place)), (entry, place)
+        words = re.findall(r"\w+", re.sub(r"--[\w-]+", "", place))
+        known = [w for w in words if hasattr(lab2pix, w)]
+        assert known, (entry, place)
+        looks_like_code = [w for w in words if "_" in w or re.search(r"[a-z][A-Z]|[A-Z]{3}", w)]
+        assert set(looks_like_code) <= set(known), (entry, place)
+        for item in place.split("; ")[0].split(", "):
+            if re.fullmatch(r"\w+", item):
+                assert item in known, (entry, item)
+
+
+def test_every_equation_is_tagged_at_its_function():
+    places = {}
+    for entry, place in paper_map(lab2pix).items():
+        for first, last in re.findall(r"Eq\. \((\d+)(?:-(\d+))?\)", entry):
+            for n in range(int(first), int(last or first) + 1):
+                places[n] = getattr(lab2pix, place.split(",")[0])
+    for n, thing in places.items():
+        text = inspect.getsource(thing)
+        numbers = set()
+        for tag in re.findall(r"Eq\. (\([^.:;]*)", text):
+            spans = re.findall(r"\((\d+)\)(?: to \((\d+)\))?", tag)
+            for a, b in spans:
+                numbers |= set(range(int(a), int(b or a) + 1))
+        assert n in numbers, (n, thing.__name__)
