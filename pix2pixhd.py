@@ -177,10 +177,10 @@ PRESETS = {
     "small": dict(size=(128, 256), enhancers=0, width=16, downs=3, blocks=6, d_width=16, e_width=8,
                   features=3, loss="GAN+FM", vgg="random", scorer_width=16, scorer_steps=600),
     # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so that
-    # feature matching, the steadier of the two losses, weighs more; ninety photos, so that E and
+    # feature matching, the steadier of the two losses, weighs more; few photos, so that E and
     # the learning rate, which falls by epochs, see several passes; smooth, since these few steps do
     # not unlearn the dots.
-    "toy": dict(size=(128, 256), limit=90, width=32, downs=2, blocks=3, enhancer_blocks=2,
+    "toy": dict(size=(128, 256), limit=75, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 smooth=True, scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM",
                 lambda_fm=50.0, lr=3e-4, epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002,
                 vgg="random", scorer_width=16, scorer_steps=600),
