@@ -1517,17 +1517,18 @@ class VGGFeatures(nn.Module):
     the weights.
 
     Released code: pix2pixHD, SPADE and Lab2Pix feed [-1, 1] as it is, as normalise=False does. CRN
-    pools by average (average_pool=True), the others by maximum.
+    pools by average (average_pool=True), the others by maximum. A width below VGG's 64 is for small
+    studies with random weights.
     """
 
     def __init__(self, layers: tuple[str, ...], depth: int = 19, weights: str = "imagenet",
-                 normalise: bool = True, average_pool: bool = False):
+                 normalise: bool = True, average_pool: bool = False, width: int = 64):
         super().__init__()
         self.wanted = {name: name.replace("conv", "relu") for name in layers}
         with torch.device("meta"):               # no memory, no random numbers: filled below
             order = [name for name, _ in vgg_trunk(depth).named_children()]
             last = max(self.wanted.values(), key=order.index)
-            self.trunk = vgg_trunk(depth, 64, last, average_pool)
+            self.trunk = vgg_trunk(depth, width, last, average_pool)
         self.trunk.to_empty(device="cpu")
         vgg_weights(self.trunk, depth, weights)
         self.requires_grad_(False)

@@ -1562,15 +1562,16 @@ class Street:
                            for photo in photos])
         return torch.from_numpy(photos).float().clamp(0, 1).permute(0, 3, 1, 2) * 2 - 1
 
-    def measure(self, images: Tensor) -> dict[str, float]:
-        """The exact measures of n samples; see MEASURES. TV is NaN where none is valid."""
-        seen, p = self.read(images), self.p.flatten()
+    def measure(self, seen: dict[str, Tensor]) -> dict[str, float]:
+        """The exact measures of what `read` saw in n samples; see MEASURES. TV is NaN where none is
+        valid."""
+        n, p = len(seen["mode"]), self.p.flatten()
         strides = torch.tensor([math.prod(self.p.shape[i + 1:]) for i in range(self.p.ndim)])
         valid = (seen["mode"] * strides).sum(1)[seen["valid"] > 0]
         hit = torch.zeros(len(p), dtype=torch.bool)
         hit[valid] = True
         share = torch.bincount(valid, minlength=len(p)) / max(len(valid), 1)
-        times = torch.bincount(self.time[seen["mode"][:, 0]], minlength=3) / len(images)
+        times = torch.bincount(self.time[seen["mode"][:, 0]], minlength=3) / n
         law = torch.tensor(list(common.TIMES.values()))
         rare = p < 0.05
         return {"joint precision": seen["valid"].mean().item(),
@@ -1581,7 +1582,7 @@ class Street:
                 "rare recall": hit[rare].double().mean().item(),
                 "TV": (share - p).abs().sum().item() / 2 if len(valid) else math.nan,
                 "time TV": (times - law).abs().sum().item() / 2,
-                "ideal recall": (1 - (1 - p) ** len(images)).mean().item()}
+                "ideal recall": (1 - (1 - p) ** n).mean().item()}
 
 
 MEASURES = {  # what no real dataset allows; the row of the true sampler says what can be reached
@@ -1671,10 +1672,10 @@ def evaluate(cfg: Config, state: State | None, folder: str = "") -> dict:
         if street:
             for n in sizes:
                 for row, images in (("this run", made[:n]), ("true sampler", truth[:n])):
-                    values = street.measure(images) | {"tau": street.tau}
-                    exact.setdefault(f"{row}, n={n}", []).append(values)
-                    times.setdefault(f"{row}, n={n}", []).append(
-                        street.times(street.read(images)["mode"]))
+                    seen = street.read(images)
+                    exact.setdefault(f"{row}, n={n}", []).append(
+                        street.measure(seen) | {"tau": street.tau})
+                    times.setdefault(f"{row}, n={n}", []).append(street.times(seen["mode"]))
     metrics = {"layouts": len(test_set), "Table 1": summarise(table, names),
                "best-of-n l1": {row: sum(v) / len(v) for row, v in l1.items()}}
     if exact:

@@ -325,11 +325,12 @@ def check_config(cfg: Config) -> None:
         raise UserError(f"--s-size {cfg.s_size}: must be a multiple of 32")
     h, w = cfg.size
     unit = max(2 ** cfg.ups, 32)                # the deepest verdict of each D_i is at 1/32 of X_3
-    if h % unit or w % unit or min(h, w) < 64:
-        near = [max(64, unit, round(side / unit) * unit) for side in (h, w)]
+    least = 64 if patch or cfg.scales < 3 else 128      # VGG halves X_1, a quarter of X, five times
+    if h % unit or w % unit or min(h, w) < least:
+        near = [max(least, unit, round(side / unit) * unit) for side in (h, w)]
         raise UserError(f"--size {h} {w}: with {cfg.ups} doublings in G and these discriminators "
-                        f"both must be multiples of {unit}; the nearest is --size {near[0]} "
-                        f"{near[1]}")
+                        f"both must be multiples of {unit}, {least} or more; the nearest is --size "
+                        f"{near[0]} {near[1]}")
     if h * w * cfg.batch_size == 4 ** cfg.ups:
         raise UserError(f"--size {h} {w}: the first feature of G would be one pixel, and a "
                         "normalised pixel is 0; use a larger --size or --batch-size")
@@ -989,20 +990,8 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
 
 
 def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.device) -> nn.Module:
-    """VGG features that nobody trains, once for all discriminators and losses that want them.
-
-    Narrow ones, with random weights, are for small studies.
-    """
-    narrow = cfg.vgg_width != 64
-    vgg = common.VGGFeatures(("relu1_1",) if narrow else layers, depth,
-                             "random" if narrow else cfg.vgg, normalise=not cfg.vgg_raw)
-    if narrow:
-        trunk = common.vgg_trunk(depth, cfg.vgg_width)
-        vgg.wanted = {name: name.replace("conv", "relu") for name in layers}
-        order = [name for name, _ in trunk.named_children()]
-        vgg.trunk = trunk[:max(map(order.index, vgg.wanted.values())) + 1]
-        common.vgg_weights(vgg.trunk, depth, cfg.vgg)
-        vgg.requires_grad_(False)
+    """VGG features that nobody trains, once for all discriminators and losses that want them."""
+    vgg = common.VGGFeatures(layers, depth, cfg.vgg, not cfg.vgg_raw, width=cfg.vgg_width)
     return vgg.to(device)
 
 
@@ -1036,11 +1025,11 @@ def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
 def boundary_map(instance: Tensor) -> Tensor:
     """(B, H, W) -> (B, 1, H, W): 1 where the object differs from one of its four neighbours."""
     edge = torch.zeros_like(instance, dtype=torch.bool)
-    for axis in (1, 2):
-        n = instance.shape[axis] - 1
-        differs = instance.narrow(axis, 0, n) != instance.narrow(axis, 1, n)
-        edge.narrow(axis, 0, n).logical_or_(differs)
-        edge.narrow(axis, 1, n).logical_or_(differs)
+    across, down = instance[:, :, 1:] != instance[:, :, :-1], instance[:, 1:] != instance[:, :-1]
+    edge[:, :, 1:] |= across
+    edge[:, :, :-1] |= across
+    edge[:, 1:] |= down
+    edge[:, :-1] |= down
     return edge[:, None].float()
 
 

@@ -4,12 +4,16 @@ import contextlib
 import csv
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -47,10 +51,63 @@ def refused(*words):
         assert str(word) in text, f"{word!r} is not in: {text}"
 
 
+def refuses(call, capsys, line: str, *words: str) -> str:
+    """The call must end as a user's mistake: one line that has these words in it."""
+    with pytest.raises((common.UserError, SystemExit)) as caught:
+        call(line)
+    if isinstance(caught.value, SystemExit):               # argparse has printed its own line
+        assert caught.value.code == 2
+        text = capsys.readouterr().err.strip().splitlines()[-1]
+    else:
+        text = str(caught.value)
+    assert "\n" not in text, text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+def as_script(name: str, line: str, monkeypatch) -> int:
+    """The script as __main__, in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    return caught.value.code
+
+
 def shell(line: str, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
+    path = os.pathsep.join((str(SCRIPTS), str(SCRIPTS / "tests")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
                           env=environment, timeout=120, **options)
+
+
+def torchrun(line: str, **options) -> subprocess.CompletedProcess:
+    """Two processes, on a port that nobody uses."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return shell(f"-m torch.distributed.run --nproc_per_node=2 --master_port {port} {line}",
+                 **options)
+
+
+class Trap:
+    """What unpickles to a file named "sprung", if somebody does unpickle it."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+def picture(path: Path, h: int = 40, w: int = 50, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def label_map(path: Path, h: int = 37, w: int = 53) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 12, (h, w), np.uint8)).save(path)
+    return path
 
 
 def assert_same(a, b, where: str = "checkpoint") -> None:

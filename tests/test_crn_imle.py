@@ -659,7 +659,7 @@ def street():
 def test_the_true_sampler_is_precise_and_reaches_the_ideal_recall():
     for index in range(3):
         street = Street(index, (64, 64))
-        got = street.measure(street.sample(100, index))
+        got = street.measure(street.read(street.sample(100, index)))
         assert got["joint precision"] > .99 and got["class validity"] > .99
         assert got["T-agreement"] > .95 and got["T-majority"] > .99
         assert got["recall"] == pytest.approx(got["ideal recall"], abs=.06)
@@ -693,7 +693,7 @@ def test_the_style_drawn_is_the_mode_read(street):
 def test_a_constant_generator_and_a_mixed_image_are_found_out(street):
     """One mode at most; and day's sky over night's road: each region fits, the image does not."""
     one = street.sample(1, 0)
-    got = street.measure(one.expand(20, -1, -1, -1))
+    got = street.measure(street.read(one.expand(20, -1, -1, -1)))
     assert got["recall"] == pytest.approx(1 / street.p.numel())
     assert got["TV"] == pytest.approx(1 - street.p[tuple(street.read(one)["mode"][0])].item())
     photos = [torch.from_numpy(common.render(street.layout, common.Style(
@@ -703,7 +703,7 @@ def test_a_constant_generator_and_a_mixed_image_are_found_out(street):
     mixed = torch.where(sky, photos[0], photos[1])[None] * 2 - 1
     seen = street.read(mixed)
     assert seen["fits"].mean() > .99 and seen["valid"][0] == 0 and seen["agree"][0] == 0
-    grey = street.measure(torch.zeros(4, 3, 64, 64) + .9)
+    grey = street.measure(street.read(torch.zeros(4, 3, 64, 64) + .9))
     assert grey["joint precision"] == 0 and math.isnan(grey["TV"]) and grey["recall"] == 0
 
 

@@ -1,28 +1,23 @@
 """What crn_imle.py owes its users: runs, resuming, errors, signals, processes, a readable file."""
 
 import dataclasses
+import functools
 import json
-import os
 import re
-import runpy
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, assert_same_state, losses_of, shell, stored
+from conftest import (
+    SCRIPTS, Trap, assert_same, assert_same_state, label_map, losses_of, refuses,
+    stored, torchrun)
 from PIL import Image
 
-import common
 import crn_imle
 from crn_imle import Config, UserError
 
-SCRIPTS = Path(__file__).resolve().parents[1]
 SCRIPT = SCRIPTS / "crn_imle.py"
 # Two steps an epoch: step 3 is in mid-epoch.
 TINY = ("--size 32 32 --width 4 --layers conv1_1 --limit 5 --pool 4 --candidates 2 --inner-steps 2 "
@@ -36,10 +31,7 @@ def call(line: str) -> None:
     crn_imle.main(line.split())
 
 
-def label_map(path: Path, h: int = 37, w: int = 53) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 12, (h, w), np.uint8)).save(path)
-    return path
+fails = functools.partial(refuses, call)
 
 
 def own_data(root: Path, n: int = 3) -> Path:
@@ -67,21 +59,6 @@ def crn(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "crn"
     call(f"{TINY} --model crn --outputs 2 --steps 2 --out {out}")
     return out
-
-
-def fails(capsys, line: str, *words: str) -> str:
-    """The call must end as a user's mistake: one line that has these words in it."""
-    with pytest.raises((UserError, SystemExit)) as caught:
-        call(line)
-    if isinstance(caught.value, SystemExit):               # argparse has printed its own line
-        assert caught.value.code == 2
-        text = capsys.readouterr().err.strip().splitlines()[-1]
-    else:
-        text = str(caught.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 # ----------------------------------------------------------------------------- A run and its folder
@@ -380,11 +357,6 @@ def test_trace_prints_stages_parameters_and_the_cost_of_the_search(capsys):
     assert re.search(r"the search is \d+\.\d %", text)
 
 
-class Trap:
-    def __reduce__(self):
-        return Path.touch, (Path("sprung"),)
-
-
 @pytest.mark.parametrize("mode", ["sample --checkpoint", "train --steps 1 --init"])
 def test_foreign_and_damaged_checkpoints(run, capsys, mode):
     whole, content = (run / "checkpoint.pt").read_bytes(), stored(run)
@@ -561,77 +533,7 @@ def test_a_signal_before_the_first_step_still_saves(monkeypatch):
     assert stored("r")["step"] == 3
 
 
-def as_script(line: str, monkeypatch) -> int:
-    """The script as __main__, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["crn_imle.py", *line.split()])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return caught.value.code
-
-
-def test_exit_codes_of_the_command_line(monkeypatch, capsys):
-    """A mistake, a full disk and Ctrl-C outside of training: one line each, never a traceback."""
-    assert as_script(f"{TINY} --lr -1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("crn_imle.py: error: --lr -1")
-    assert as_script(f"{TINY} --gpu 77 --steps 1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert "--gpu 77" in line and "--gpu -1" in line       # what is wrong, and the cure
-    assert not Path("runs").exists()
-
-    def disk_full(*arguments):
-        raise OSError(28, "No space left on device", "somewhere/log.csv")
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "describe", disk_full)
-        assert as_script(f"{TINY} --steps 1 --out r", patch) == 2
-        assert "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
-        patch.setattr(common, "describe", interrupted)
-        assert as_script(f"{TINY} --steps 1 --out r2", patch) == 130
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_equals_uninterrupted(number, code):
-    """Ctrl-C and SIGTERM: the step is finished and saved, how to resume is said, and it is true."""
-    line = f"{TINY} --inner-steps 50 --save-every 1000"
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *f"{line} --out r".split()], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 90
-    while not Path("r/log.csv").exists() and time.time() < deadline:      # 20 steps are done
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    step = stored("r")["step"]
-    assert f"stopped at step {step}" in out and "--resume --out r" in out
-    call(f"--resume --out r --steps {step + 2}")
-    call(f"{line} --out whole --steps {step + 2}")
-    assert_same_state("r", "whole")
-
-
-def test_script_imports_without_a_warning():
-    code = ["-W", "error", "-c", "import crn_imle"]
-    result = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=SCRIPTS)
-    assert result.returncode == 0, result.stderr
-
-
 # ----------------------------------------------------------------------------- Several processes
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def torchrun(arguments: str) -> subprocess.CompletedProcess:
-    port = f"--master_port {free_port()}"
-    return shell(f"-m torch.distributed.run --nproc_per_node=2 {port} {arguments}")
-
 
 def test_torchrun_makes_one_run_which_one_process_can_resume():
     line = TINY.replace("--batch-size 2", "--batch-size 1")
@@ -667,11 +569,7 @@ torch.distributed.destroy_process_group()
 def test_two_processes_share_the_search_and_average_the_gradients():
     """Two processes, a photo each: the same S and z*, and the steps of batches of two."""
     Path("worker.py").write_text(WORKER)
-    path = f"{SCRIPTS}{os.pathsep}{SCRIPTS / 'tests'}"
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-         str(free_port()), "worker.py"], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    result = torchrun("worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     cfg = dataclasses.replace(SHAPE, gpu=-1, seed=5, batch_size=2, lr=1e-3, rebalance="both")
     state = crn_imle.build(cfg, torch.device("cpu"))

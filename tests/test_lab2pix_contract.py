@@ -1,28 +1,23 @@
 """What lab2pix.py owes its users: runs, resuming, errors, signals, processes, a readable file."""
 
 import dataclasses
+import functools
 import json
-import os
 import re
-import runpy
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, assert_same_state, losses_of, shell, stored
+from conftest import (
+    SCRIPTS, Trap, assert_same, assert_same_state, label_map, losses_of, picture, refuses, stored,
+    torchrun)
 from PIL import Image
 
 import common
 import lab2pix
 from lab2pix import Config, UserError
 
-SCRIPTS = Path(__file__).resolve().parents[1]
 SCRIPT = SCRIPTS / "lab2pix.py"
 # Two steps an epoch (five images, batches of two): step 3 is in mid-epoch.
 TINY = ("--size 64 64 --width 2 --noise 4 --d-width 2 --vgg-width 2 --vgg random --limit 5 "
@@ -37,17 +32,7 @@ def call(line: str) -> None:
     lab2pix.main(line.split())
 
 
-def picture(path: Path, h: int = 40, w: int = 50, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def label_map(path: Path, h: int = 37, w: int = 53) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 12, (h, w), np.uint8)).save(path)
-    return path
+fails = functools.partial(refuses, call)
 
 
 def two_lists(root: Path) -> Path:
@@ -67,21 +52,6 @@ def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "whole"
     call(f"{TINY} --steps 6 --out {out}")
     return out
-
-
-def fails(capsys, line: str, *words: str) -> str:
-    """The call must end as a user's mistake: one line that has these words in it."""
-    with pytest.raises((UserError, SystemExit)) as caught:
-        call(line)
-    if isinstance(caught.value, SystemExit):               # argparse has printed its own line
-        assert caught.value.code == 2
-        text = capsys.readouterr().err.strip().splitlines()[-1]
-    else:
-        text = str(caught.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 # ----------------------------------------------------------------------------- A run and its folder
@@ -430,11 +400,6 @@ def test_trace_prints_stages_and_parameters(capsys):
     assert "LSCA" in capsys.readouterr().out
 
 
-class Trap:
-    def __reduce__(self):
-        return Path.touch, (Path("sprung"),)
-
-
 @pytest.mark.parametrize("mode", ["sample --checkpoint", "train --steps 1 --init"])
 def test_foreign_and_damaged_checkpoints(run, capsys, mode):
     whole, content = (run / "checkpoint.pt").read_bytes(), stored(run)
@@ -579,77 +544,7 @@ def test_torchrun_with_a_gpu_number_is_refused(monkeypatch, capsys):
         lab2pix.pick_device(Config(gpu=0))
 
 
-def as_script(line: str, monkeypatch) -> int:
-    """The script as __main__, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["lab2pix.py", *line.split()])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return caught.value.code
-
-
-def test_exit_codes_of_the_command_line(monkeypatch, capsys):
-    """A mistake, a full disk and Ctrl-C outside of training: one line each, never a traceback."""
-    assert as_script(f"{TINY} --lr -1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("lab2pix.py: error: --lr -1")
-    assert as_script(f"{TINY} --gpu 77 --steps 1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert "--gpu 77" in line and "--gpu -1" in line       # what is wrong, and the cure
-    assert not Path("runs").exists()
-
-    def disk_full(*arguments):
-        raise OSError(28, "No space left on device", "somewhere/log.csv")
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "describe", disk_full)
-        assert as_script(f"{TINY} --steps 1 --out r", patch) == 2
-        assert "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
-        patch.setattr(common, "describe", interrupted)
-        assert as_script(f"{TINY} --steps 1 --out r2", patch) == 130
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_equals_uninterrupted(number, code):
-    """Ctrl-C and SIGTERM: the step is finished and saved, how to resume is said, and it is true."""
-    line = f"{TINY} --save-every 1000"
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *f"{line} --out r".split()], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 90
-    while not Path("r/log.csv").exists() and time.time() < deadline:      # 20 steps are done
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    step = stored("r")["step"]
-    assert f"stopped at step {step}" in out and "--resume --out r" in out
-    call(f"--resume --out r --steps {step + 2}")
-    call(f"{line} --out whole --steps {step + 2}")
-    assert_same_state("r", "whole")
-
-
-def test_script_imports_without_a_warning():
-    code = ["-W", "error", "-c", "import lab2pix"]
-    result = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=SCRIPTS)
-    assert result.returncode == 0, result.stderr
-
-
 # ----------------------------------------------------------------------------- Several processes
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def torchrun(arguments: str) -> subprocess.CompletedProcess:
-    port = f"--master_port {free_port()}"
-    return shell(f"-m torch.distributed.run --nproc_per_node=2 {port} {arguments}")
-
 
 def test_torchrun_makes_one_run_which_one_process_can_resume():
     line = TINY.replace("--batch-size 2", "--batch-size 1")

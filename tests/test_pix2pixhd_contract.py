@@ -7,10 +7,8 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, assert_same_state, losses_of, refused, shell, stored
+from conftest import (
+    SCRIPTS, Trap, assert_same, assert_same_state, losses_of, refused, refuses, stored,
+    torchrun)
 from PIL import Image
 
 import common
 import pix2pixhd
-from pix2pixhd import Config, UserError
+from pix2pixhd import Config
 
-SCRIPTS = Path(__file__).resolve().parents[1]
 SCRIPT = SCRIPTS / "pix2pixhd.py"
 # Two steps an epoch (five images, batches of two): the global stage is steps 1 to 4, the enhancer's
 # 5 and 6, the joint one 7 to 10. Step 3 is in mid-epoch.
@@ -55,6 +54,9 @@ def no_plots(monkeypatch):
 
 def call(line: str) -> None:
     pix2pixhd.main(line.split())
+
+
+fails = functools.partial(refuses, call)
 
 
 def weights(run: Path | str) -> dict:
@@ -204,21 +206,6 @@ def interrupt_at(when: int, patch) -> None:
         return step(state, batch, cfg)
 
     patch.setattr(pix2pixhd, "train_step", interrupted)
-
-
-def fails(capsys, line: str, *words: str) -> str:
-    """The call must end as a user's mistake: one line that has these words in it."""
-    with pytest.raises((UserError, SystemExit)) as caught:
-        call(line)
-    if isinstance(caught.value, SystemExit):               # argparse has printed its own line
-        assert caught.value.code == 2
-        text = capsys.readouterr().err.strip().splitlines()[-1]
-    else:
-        text = str(caught.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 # ----------------------------------------------------------------------------- A run and its folder
@@ -1079,11 +1066,6 @@ def test_trace_prints_stages_and_parameters(capsys):
     assert not Path("runs").exists()
 
 
-class Trap:
-    def __reduce__(self):
-        return Path.touch, (Path("sprung"),)
-
-
 @pytest.mark.parametrize("mode", ["sample --gpu -1 --checkpoint", f"{ONE} --steps 1 --init",
                                   "encode --checkpoint"])
 def test_foreign_and_damaged_checkpoints(run, capsys, mode):
@@ -1285,42 +1267,6 @@ def test_a_signal_before_the_first_step_still_saves(monkeypatch):
     call("--resume --steps 2 --out r")
 
 
-def as_script(line: str, monkeypatch) -> int:
-    """The script as __main__, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["pix2pixhd.py", *line.split()])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return caught.value.code
-
-
-def test_exit_codes_of_the_command_line(monkeypatch, capsys):
-    """A mistake, a full disk and Ctrl-C outside of training: one line each, never a traceback."""
-    assert as_script(f"{ONE} --lr -1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("pix2pixhd.py: error: --lr -1")
-    assert as_script(f"{ONE} --gpu 77 --steps 1", monkeypatch) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert "--gpu 77" in line and "--gpu -1" in line       # what is wrong, and the cure
-    assert not Path("runs").exists()
-
-    def disk_full(*arguments):
-        raise OSError(28, "No space left on device", "somewhere/log.csv")
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    def out_of_memory(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nMuch more text.")
-
-    for broken, code, words in ((disk_full, 2, ["No space left"]), (interrupted, 130, []),
-                                (out_of_memory, 2, ["--size", "--width", "--precision"])):
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "describe", broken)
-            assert as_script(f"{ONE} --steps 1 --out {broken.__name__}", patch) == code
-            err = capsys.readouterr().err.strip()
-            assert "Traceback" not in err and all(word in err for word in words)
-
-
 # A user's own terminal, and a launcher that makes a warning during the import an error.
 LAUNCHED = {signal.SIGINT: (130, [SCRIPT]), signal.SIGTERM: (143, [
     "-W", "error", "-c", "import warnings, pix2pixhd; warnings.resetwarnings(); pix2pixhd.main()"])}
@@ -1385,11 +1331,7 @@ def two(shared) -> Path:
     torch.save(dataclasses.asdict(cfg), folder / "config.pt")
     torch.save(torch.utils.data.default_collate([train_set[0], train_set[1]]), folder / "batch.pt")
     (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    result = shell(f"-m torch.distributed.run --nproc_per_node=2 --master_port {port} worker.py "
-                   f"{line} --steps 5", cwd=folder)
+    result = torchrun(f"worker.py {line} --steps 5", cwd=folder)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

@@ -4,11 +4,19 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import SCRIPTS, as_script, assert_same_state, shell, stored
 
-from conftest import SCRIPTS
+import common
 
 NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if p.stem != "common")
 ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Evaluation",
@@ -98,3 +106,71 @@ def test_every_command_of_the_readme_parses():
     assert {name for name, _ in commands} >= set(NAMES)
     for name, words in commands:
         importlib.import_module(name).parser().parse_args(words.split("#")[0].split())
+
+
+def tiny(name: str) -> str:
+    """The flags of the least training that the script's own tests use."""
+    tests = importlib.import_module(f"test_{name}_contract")
+    return getattr(tests, "ONE", tests.TINY)
+
+
+@each_script
+def test_exit_codes_of_the_command_line(name, monkeypatch, capsys):
+    """A mistake, a full disk, no memory and Ctrl-C before training: a line each, no traceback."""
+    assert as_script(name, f"{tiny(name)} --lr -1", monkeypatch) == 2
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{name}.py: error: --lr -1")
+    assert as_script(name, f"{tiny(name)} --gpu 77 --steps 1", monkeypatch) == 2
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert "--gpu 77" in line and "--gpu -1" in line       # what is wrong, and the cure
+    assert not Path("runs").exists()
+
+    def disk_full(*arguments):
+        raise OSError(28, "No space left on device", "somewhere/log.csv")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMuch more text.")
+
+    for broken, code, words in ((disk_full, 2, ["No space left"]), (interrupted, 130, []),
+                                (out_of_memory, 2, ["--size", "--width", "--precision"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "describe", broken)
+            assert as_script(name, f"{tiny(name)} --steps 1 --out {broken.__name__}", patch) == code
+            err = capsys.readouterr().err.strip()
+            assert "Traceback" not in err and all(word in err for word in words)
+
+
+# pix2pixhd's stages have a test of their own; `Stop` is the same in all.
+@pytest.mark.parametrize("name, extra, number, code", [
+    ("pix2pix", "", signal.SIGINT, 130), ("crn_imle", "--inner-steps 50", signal.SIGINT, 130),
+    ("crn_imle", "--model crn --inner-steps 0", signal.SIGTERM, 143),
+    ("lab2pix", "", signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_uninterrupted(name, extra, number, code):
+    """Ctrl-C and SIGTERM: the step is finished and saved, how to resume is said, and it is true."""
+    line = f"{tiny(name)} {extra} --save-every 1000"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPTS / f"{name}.py", *f"{line} --out r".split()],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 90
+    while not Path("r/log.csv").exists() and time.time() < deadline:      # 20 steps are done
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    step = stored("r")["step"]
+    assert f"stopped at step {step}" in out and "--resume --out r" in out
+    main = importlib.import_module(name).main
+    main(f"--resume --out r --steps {step + 2}".split())
+    main(f"{line} --out whole --steps {step + 2}".split())
+    assert_same_state("r", "whole")
+
+
+def test_scripts_import_without_a_warning():
+    Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}")
+    result = shell("-W error all_of_them.py")
+    assert result.returncode == 0, result.stderr
