@@ -165,12 +165,14 @@ class Config:
     first: str = "noise"             # the first feature from z, or from the label (SPADE)
     dgnorm: bool = True              # global encoder and DG-Norm; without: SPADE        Sec. 3.1.2
     form: str = "paper"              # (1 + gamma) BN + beta; eq5: as printed; v1code: see the table
+    smooth: bool = False             # enlarge features bilinearly: ours, against stripes
     gain: float = 0.02               # of Xavier's initial weights, SPADE's; 0: N(0, 0.02), as V1
     pg: bool = False                 # progressive generation: V1's three outputs        Sec. 4.1.1
     lsca: bool = False               # co-attention, in V1 only                          Sec. 3.1.3
     # The discriminators
     discriminator: str = "hpd"       # hierarchical and perceptual; or patch, SPADE's    Sec. 3.2.1
     d_width: int = 64                # channels after the first layer of D; released code
+    spectral: bool = True            # D: spectral norm, first layer unnormalised; released V2 alone
     scales: int = 2                  # of D_3, D_2, D_1 the first so many                Sec. 5.2
     # The objective
     gan: str = "hinge"               # V2; vanilla in V1                                 Sec. 5.2
@@ -215,8 +217,8 @@ class Config:
 # Sec. 5.2, what each version changes; SKETCH is V1 for sketches.
 VERSIONS = {
     "V1": dict(version="V1", edges=False, ups=7, gain=0.0, pg=True, lsca=True, scales=3,
-               gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0, lambda_5=0.0,
-               lambda_6=0.0, epochs=100, batch_size=1, betas=(0.5, 0.999)),
+               spectral=False, gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0,
+               lambda_5=0.0, lambda_6=0.0, epochs=100, batch_size=1, betas=(0.5, 0.999)),
     "V2": dict(version="V2"),
     "V2-H": dict(version="V2-H", size=(512, 1024), ups=7, scales=3, batch_size=8)}
 SKETCH = dict(size=(256, 256), ups=5, T=1.0, ramp=False, epochs=10, decay=False, batch_size=4)
@@ -231,11 +233,12 @@ PRESETS = {
     "V2-ade20k": dict(version="V2", **AT_256),
     "V2-H-cityscapes": dict(version="V2-H"),
     # Ours, for the streets on a laptop's CPU: narrow networks, so Adam's steps may be larger.
-    "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=16,
-                gain=1.0, vgg="random", vgg_width=16, lr=4e-4, batch_size=2, epochs=8,
+    "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8,
+                gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4, batch_size=2, epochs=7,
                 scorer_width=16, scorer_steps=600),
-    "toy-V1": dict(version="V1", size=(128, 256), limit=100, width=16, ups=5, noise=32, d_width=8,
-                   gain=1.0, s_width=16, s_size=128, vgg="random", vgg_width=16, lr=5e-4, epochs=6,
+    "toy-V1": dict(version="V1", size=(128, 128), limit=100, width=16, ups=5, noise=32, d_width=8,
+                   gain=1.0, smooth=True, spectral=True, lambda_4=1.0, s_width=8, s_size=64,
+                   vgg="random", vgg_width=16, lr=4e-4, batch_size=2, epochs=9,
                    scorer_width=16, scorer_steps=600),
 }
 # The rows of Tables 1 and 2, each with what it adds to the row above it.
@@ -347,8 +350,8 @@ def instance_norm(c: int) -> nn.GroupNorm:
     return nn.GroupNorm(c, c, affine=False)
 
 
-def up(x: Tensor, factor: int = 2) -> Tensor:
-    return F.interpolate(x, scale_factor=float(factor), mode="nearest")
+def up(x: Tensor, factor: int = 2, mode: str = "nearest") -> Tensor:
+    return F.interpolate(x, scale_factor=float(factor), mode=mode)
 
 
 class SketchEncoder(nn.Module):
@@ -371,13 +374,16 @@ class SketchEncoder(nn.Module):
 class GlobalEncoder(nn.Module):
     """Eq. (2): H = E_global(M), what no single pixel knows: shapes and positions (Sec. 3.1.2).
 
-    M (B, N, H, W)  ->  `heads` maps (B, 2 width, h 2^j, w 2^j), one for each size of block.
+    M (B, N, H, W)  ->  `heads` maps (B, 2 width, h 2^j, w 2^j), one for each size of block. With
+    `smooth` (ours) they are enlarged after the convolution, bilinearly.
 
     "Only one final result": one small map, enlarged. The convolution in between is the release's.
     """
 
-    def __init__(self, n: int, width: int = 64, downs: int = 7, heads: int = 7):
+    def __init__(self, n: int, width: int = 64, downs: int = 7, heads: int = 7,
+                 smooth: bool = False):
         super().__init__()
+        self.smooth = smooth
         c = [n] + [width * min(2 ** i, 8) for i in range(downs)]             # 64 128 256 512 512 ..
         self.down = nn.ModuleList(
             spectral_norm(nn.Conv2d(c_in, c_out, 3, 1 if i == 0 else 2, 1))
@@ -387,6 +393,8 @@ class GlobalEncoder(nn.Module):
     def forward(self, m: Tensor) -> list[Tensor]:
         for conv in self.down:
             m = F.leaky_relu(conv(m), 0.2)
+        if self.smooth:
+            return [F.relu(up(head(m), 2 ** j, "bilinear")) for j, head in enumerate(self.heads)]
         return [F.relu(convolve_enlarged(m, head, 2 ** j)) for j, head in enumerate(self.heads)]
 
 
@@ -479,16 +487,16 @@ class LSCA(nn.Module):
     Released V1: A_m from normalised features, and the label through a convolution of its own.
     """
 
-    def __init__(self, c_h: int, c: int, n: int, form: str = "paper"):
+    def __init__(self, c_h: int, c: int, n: int, form: str = "paper", mode: str = "nearest"):
         super().__init__()
-        self.v1 = form == "v1code"
+        self.v1, self.mode = form == "v1code", mode
         self.merge = nn.Conv2d(c_h, c, 3, 1, 1)
         if self.v1:
             self.label, self.norm = nn.Conv2d(n, c, 3, 1, 1), instance_norm(c)
         self.mask = nn.Conv2d(2 * c + (c if self.v1 else n), 1, 3, 1, 1)
 
     def forward(self, h: Tensor, f: Tensor, m: Tensor) -> Tensor:
-        h = self.merge(up(h))                                                # h', (B, c, H, W)
+        h = self.merge(up(h, 2, self.mode))                                  # h', (B, c, H, W)
         if self.v1:
             h = F.relu(h)
             seen = [self.norm(each) for each in (h, f, F.relu(self.label(m)))]
@@ -535,9 +543,10 @@ class GeneratorV1(nn.Module):
 
     def __init__(self, n: int, size: tuple[int, int] = (256, 512), width: int = 64, ups: int = 7,
                  noise: int = 128, sketch: bool = False, dgnorm: bool = True, pg: bool = True,
-                 lsca: bool = True, form: str = "paper"):
+                 lsca: bool = True, form: str = "paper", smooth: bool = False):
         super().__init__()
         self.form, self.multiple = form, 2 ** ups
+        self.mode = "bilinear" if smooth else "nearest"
         self.trained = tuple(side // 2 ** ups for side in size)
         out = [width * min(2 ** (ups - 1 - i), 16) for i in range(ups)]      # 1024 1024 1024 512 ..
         self.c_z = width if sketch else 16 * width
@@ -547,10 +556,10 @@ class GeneratorV1(nn.Module):
             self.fc = nn.Linear(noise, self.c_z * math.prod(self.trained))
         c = [16 * width + (width if sketch and self.fc is not None else 0), *out]
         hidden = 2 * width
-        self.globe = GlobalEncoder(n, width, ups + 1, ups) if dgnorm else None
+        self.globe = GlobalEncoder(n, width, ups + 1, ups, smooth) if dgnorm else None
         self.blocks = nn.ModuleList(GenResBlk(*pair, n, hidden, form) for pair in zip(c, out))
-        self.lsca = nn.ModuleList(LSCA(c[k], out[k], n, form) for k in range(ups - 3, ups)
-                                  if lsca)
+        self.lsca = nn.ModuleList(LSCA(c[k], out[k], n, form, self.mode)
+                                  for k in range(ups - 3, ups) if lsca)
         self.heads = nn.ModuleList(nn.Conv2d(c_out, 3, 3, 1, 1) for c_out in
                                    (out[-3:] if pg else out[-1:]))
 
@@ -564,7 +573,7 @@ class GeneratorV1(nn.Module):
         labels = [resize_label(m, (size[0] << k, size[1] << k), self.form) for k in range(n + 1)]
         images = []
         for k, block in enumerate(self.blocks):
-            f = up(block(d, labels[k], h[k]))                                # (B, c, h 2^(k+1), ..)
+            f = up(block(d, labels[k], h[k]), 2, self.mode)                  # (B, c, h 2^(k+1), ..)
             if k >= n - 3 and len(self.lsca):
                 f = self.lsca[k - n + 3](d, f, labels[k + 1])
             d = f
@@ -584,15 +593,17 @@ class GeneratorV2(nn.Module):
     """
 
     def __init__(self, n: int, size: tuple[int, int] = (256, 512), width: int = 64, ups: int = 6,
-                 noise: int = 128, first: str = "noise", dgnorm: bool = True, form: str = "paper"):
+                 noise: int = 128, first: str = "noise", dgnorm: bool = True, form: str = "paper",
+                 smooth: bool = False):
         super().__init__()
         self.first, self.multiple, self.c_z = first, 2 ** ups, 16 * width
+        self.mode = "bilinear" if smooth else "nearest"
         self.trained = tuple(side // 2 ** ups for side in size)
         out = [width * f for f in (16, 16, 16, 8, 4, 2, 1)] + [width // 2] * (ups == 7)
         self.doubles = [False, ups > 4, ups > 5] + [True] * (len(out) - 3)   # before each block
         self.fc = nn.Conv2d(n, self.c_z, 3, 1, 1) if first == "label" else (
             nn.Linear(noise, self.c_z * math.prod(self.trained)))
-        self.globe = GlobalEncoder(n, width, ups + 1, ups + 1) if dgnorm else None
+        self.globe = GlobalEncoder(n, width, ups + 1, ups + 1, smooth) if dgnorm else None
         self.blocks = nn.ModuleList(GenResBlk(c_in, c_out, n, 2 * width, form)
                                     for c_in, c_out in zip([16 * width, *out], out))
         self.head = nn.Conv2d(out[-1], 3, 3, 1, 1)
@@ -606,7 +617,7 @@ class GeneratorV2(nn.Module):
         h, k = self.globe(m) if self.globe is not None else None, 0          # k doublings so far
         for block, double in zip(self.blocks, self.doubles):
             if double:
-                d, k = up(d), k + 1
+                d, k = up(d, 2, self.mode), k + 1
             d = block(d, resize_label(m, d.shape[-2:]), None if h is None else h[k])
         return [torch.tanh(self.head(F.leaky_relu(d, 0.2)))]
 
@@ -973,12 +984,12 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
     n, v1 = channels(cfg), cfg.version == "V1"
     if v1:
         generator = GeneratorV1(n, cfg.size, cfg.width, cfg.ups, cfg.noise, cfg.task != "labels",
-                                cfg.dgnorm, cfg.pg, cfg.lsca, cfg.form)
+                                cfg.dgnorm, cfg.pg, cfg.lsca, cfg.form, cfg.smooth)
     else:
         generator = GeneratorV2(n, cfg.size, cfg.width, cfg.ups, cfg.noise, cfg.first, cfg.dgnorm,
-                                cfg.form)
+                                cfg.form, cfg.smooth)
     discriminator = Discriminators(3 if v1 else n + 3, cfg.scales, cfg.d_width, cfg.discriminator,
-                                   not v1, cfg.vgg_width)
+                                   cfg.spectral, cfg.vgg_width)
     segmenter = None
     if cfg.lambda_4:                            # a sketch has two classes: ink and blank
         segmenter = Segmenters(2 if cfg.task != "labels" else n, 3 if cfg.pg else 1, cfg.s_width,
@@ -2151,11 +2162,13 @@ def parser() -> argparse.ArgumentParser:
     add("--first", choices=CHOICES["first"], help="first feature from z, or as in SPADE (noise)")
     add("--dgnorm", action=choice, help="global encoder and DG-Norm; without: SPADE (yes)")
     add("--form", choices=CHOICES["form"], help="of Eq. (5): see the table above (paper)")
+    add("--smooth", action=choice, help="enlarge features bilinearly: ours, against stripes (no)")
     add("--gain", type=float, metavar="X", help="of Xavier's initial weights; 0: as in V1 (0.02)")
     add("--pg", action=choice, help="progressive generation, three outputs (V1)")
     add("--lsca", action=choice, help="spatial co-attention (V1)")
     add("--discriminator", choices=CHOICES["discriminator"], help="or SPADE's (hpd)")
     add("--d-width", type=int, metavar="N", help="channels of D after its first layer (64)")
+    add("--spectral", action=choice, help="D has spectral norm, as released V2's (yes; V1 no)")
     add("--scales", type=int, metavar="N", help="discriminators (2)")
     add("--gan", choices=CHOICES["gan"], help="adversarial loss; vanilla in V1 (hinge)")
     add("--T", type=float, metavar="X", help="foreground to background weight, 1: none (5.0)")

@@ -26,6 +26,10 @@ import common  # noqa: E402
 torch.set_num_threads(1)                          # tiny networks: threads cost more than they give
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "notebooks: executes a notebook, some minutes each")
+
+
 @pytest.fixture(autouse=True)
 def keep_process_clean(tmp_path, monkeypatch):
     """Each test has its own working folder, starts from seed 0, and leaves no trace."""

@@ -264,6 +264,22 @@ def test_eq_2_global_encoder():
     assert (reach.max(0).values - reach.min(0).values).min() > 40          # beyond a 3 x 3
 
 
+def test_smooth_enlarges_all_features_bilinearly():
+    """Ours. A step of one pixel in H or in a feature becomes a ramp; the weights stay the same."""
+    ramp = lab2pix.up(torch.tensor([[[[0.0, 1.0]]]]), 2, "bilinear")
+    assert ramp[0, 0].tolist() == [[0, 0.25, 0.75, 1]] * 2
+    for build in (lambda s: GeneratorV1(5, (64, 64), 2, 5, 4, smooth=s),
+                  lambda s: GeneratorV2(5, (64, 64), 2, 4, 4, smooth=s)):
+        nets = [build(s).eval() for s in (False, True)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        z, m = torch.randn(1, 4), torch.rand(1, 5, 64, 64)
+        coarse, fine = (G.globe(m)[3][0] for G in nets)    # (4, h, w): cells of 8 x 8 pixels
+        jumps = [(h[:, :, 1:] - h[:, :, :-1]).abs().max() for h in (coarse, fine)]
+        assert 0 < jumps[1] < 0.3 * jumps[0]
+        images = [G(z, m)[0] for G in nets]
+        assert not torch.allclose(*images, atol=1e-3)
+
+
 @pytest.mark.parametrize("form", ["paper", "v1code"])
 def test_eq_7_co_attention(form):
     """A_m of one channel, in (0, 1), mixes h' and f; the paper's A_m by loops."""

@@ -1,0 +1,77 @@
+"""The notebooks as committed; and each executed from a fresh kernel, with every answer filled in."""
+
+import base64
+import io
+import json
+import re
+
+import nbformat
+import pytest
+from conftest import SCRIPTS
+from nbclient import NotebookClient
+from PIL import Image
+
+each_notebook = pytest.mark.parametrize(
+    "path", sorted((SCRIPTS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+
+
+def read(path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def texts(notebook) -> str:
+    """All that the cells print or show as text."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "")
+                     for o in outputs)
+
+
+def is_exercise(cell) -> bool:
+    return "exercise" in cell.metadata.get("tags", [])
+
+
+def answered(notebook) -> int:
+    """Put the folded answer below each exercise in place of its gap; returns how many."""
+    n = 0
+    for cell, after in zip(notebook.cells, notebook.cells[1:]):
+        if is_exercise(cell):
+            answer = re.search(r"<details>.*?```python\n(.*?)```", after.source, re.DOTALL).group(1)
+            gap, mark, check = cell.source.partition("# --- check")
+            assert "..." in gap and "assert" in check, cell.source
+            cell.source, n = answer + mark + check, n + 1
+    return n
+
+
+@each_notebook
+def test_as_committed_it_was_executed_in_order_and_is_small(path):
+    notebook = read(path)
+    assert path.stat().st_size < 3e6
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [cell.source for cell in code if len(cell.source.splitlines()) > 25]
+    outputs = [o for cell in code for o in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert "it/s" not in texts(notebook) and "Warning" not in texts(notebook)
+    assert 4 <= sum(map(is_exercise, code)) <= 6
+    assert "QUICK = True" in "".join(cell.source for cell in code[:3])
+    pictures = [data for o in outputs for kind, data in o.get("data", {}).items()
+                if kind in ("image/png", "image/jpeg")]
+    widths = [Image.open(io.BytesIO(base64.b64decode(data))).width for data in pictures]
+    assert len(widths) > 5 and max(widths) <= 900
+    assert "/tmp/" not in json.dumps(notebook) and "/home/" not in json.dumps(notebook)
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, monkeypatch):
+    notebook = read(path)
+    assert answered(notebook) >= 4
+    monkeypatch.delenv("MPLBACKEND")            # figures belong into the notebook
+    before = set((SCRIPTS / "notebooks").rglob("*"))
+    NotebookClient(notebook, timeout=900, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    said = texts(notebook)
+    assert "not filled in yet" not in said
+    assert not [o for cell in notebook.cells for o in cell.get("outputs", [])
+                if o.get("name") == "stderr"]
+    assert set((SCRIPTS / "notebooks").rglob("*")) == before
