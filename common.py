@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +44,7 @@ class UserError(Exception):
 @functools.cache
 def notice(text: str) -> None:
     """Print what was decided on the user's behalf, once per text."""
-    print(f"note: {text}")
+    print(f"note: {text}".encode("utf-8", "backslashreplace").decode())    # a name may be Latin-1
 
 
 # ------------------------------------------------------------------------------- 1 Class tables
@@ -207,6 +208,9 @@ LAYOUTS = [
 
 def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
     """Files by key: what `*` matched, the name without its ending and the layout's suffix."""
+    folder = root / pattern.replace("{}", split).rpartition("/")[0]
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):    # glob finds nothing in it
+        raise UserError(f"{folder}: may not be read; check its permissions")
     stem, _, ending = pattern.partition(".")
     suffix, endings = re.split(r"[*?]", stem)[-1], {f".{ending}"} if ending.isalpha() else SUFFIXES
     found = {}
@@ -278,7 +282,10 @@ def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
     listed = {}
     for name in ("val", "test", "train"):           # test.txt goes before val.txt
         if (root / f"{name}.txt").is_file():
-            lines = (root / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            try:
+                lines = (root / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError:
+                raise UserError(f"{root / name}.txt: not UTF-8; save it as UTF-8 text")
             stems = {Path(line.strip()).stem for line in lines}
             listed["train" if name == "train" else "test"] = stems
     if split in listed:
@@ -1498,7 +1505,11 @@ def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
 
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name the file in it, such as {path / 'checkpoint.pt'}")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch checks no sums
+            raise ValueError("wrong checksum")
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {cure}")
@@ -1663,6 +1674,8 @@ def save_file(content: dict, path: Path) -> None:
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
         if temporary.is_file():
             temporary.unlink()
+        if isinstance(error.__context__, OSError):          # what torch does not pass on
+            error = error.__context__
         raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
 
 

@@ -178,7 +178,7 @@ def check_config(cfg: Config) -> None:
                  "pixel_weight", "inner_steps", "lr_drop", "noise_gain", "keep_features"):
         bounds[name] = 0
     for name, low in bounds.items():
-        high = {"modules": 9, "seed": 10 ** 9, "outputs": 100}.get(name, 10 ** 12)
+        high = {"modules": 9, "workers": 256, "outputs": 100}.get(name, 10 ** 9)
         if not low <= (getattr(cfg, name) or 0 if low == 0 else getattr(cfg, name)) <= high:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must lie in {low}..{high}")
     if not 0 < cfg.lr < 1:
@@ -420,12 +420,8 @@ def build(cfg: Config, device: torch.device) -> State:
     torch.manual_seed(cfg.seed)
     generator, = networks(cfg)
     generator.to(device, memory_format=memory_format(cfg, device))
-    vgg = common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True).to(
-        device, memory_format=memory_format(cfg, device))
-    if cfg.precision == "bf16":
-        vgg.forward = torch.autocast(device.type, torch.bfloat16)(vgg.forward)
-    if cfg.compile:
-        vgg.compile()
+    vgg = common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True)
+    vgg = dress(vgg.to(device, memory_format=memory_format(cfg, device)), cfg, device)
     weights = torch.ones(1 + len(cfg.layers), device=device)
     weights[0] = cfg.pixel_weight
     adam = torch.optim.Adam(generator.parameters(), cfg.lr, fused=True)
@@ -712,7 +708,9 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 
 
 def to_float(output):
-    """float32 of a tensor, or of every tensor in a list."""
+    """float32 of a tensor, or of every tensor in a list or a dict."""
+    if isinstance(output, dict):
+        return {name: each.float() for name, each in output.items()}
     return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
 
 
@@ -793,6 +791,8 @@ def read_checkpoint(path: Path) -> dict:
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
     if stored["script"] != NAME:
         raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+    if NETWORKS[0] not in stored:
+        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
     return stored
 
 
@@ -804,6 +804,10 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     if strange:
         raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
     cfg = Config(**stored["config"])
+    try:
+        check_config(cfg)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
     for name, value in given.items():
         if name not in free and value != getattr(cfg, name):
             raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
@@ -811,13 +815,17 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     return replace(cfg, **given)
 
 
-def restore(state: State, stored: dict) -> None:
+def restore(state: State, stored: dict, path: Path) -> None:
     """Continue exactly: networks, optimisers, and the place in the data."""
-    for name, value in vars(state).items():
-        if hasattr(value, "load_state_dict"):
-            plain(value).load_state_dict(stored[name])
-        else:
-            setattr(state, name, stored[name])
+    try:
+        for name, value in vars(state).items():
+            if hasattr(value, "load_state_dict"):
+                plain(value).load_state_dict(stored[name])
+            else:
+                setattr(state, name, stored[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
+        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
+                        "start from its weights with --init")
 
 
 def load_networks(state: State, path: Path, noise_gain: float = 0.0) -> None:
@@ -883,9 +891,8 @@ def newest_run() -> Path:
 def open_run(cfg: Config, resume: bool) -> Config:
     """Make the run's folder, never one that holds another run; write config.json."""
     out = Path(cfg.out) if cfg.out else next_run()
-    here = [n for n in ("checkpoint.pt", "config.json", "log.csv") if (out / n).exists()]
-    if here and not resume:
-        raise UserError(f"--out {out}: holds a run already ({here[0]}); --resume continues it")
+    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
+        raise UserError(f"--out {out}: holds a run already; --resume continues it")
     cfg = replace(cfg, out=str(out))
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -905,7 +912,9 @@ class Log:
         kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
                             and int(line.split(",")[0]) <= step]
         if lines:                               # resuming repeats the steps after the checkpoint
-            self.path.write_text("\n".join(kept) + "\n")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("\n".join(kept) + "\n" if step else "")
+            os.replace(temporary, self.path)
 
     def write(self, state: State, images: int) -> dict:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
@@ -1031,7 +1040,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state, known = build(cfg, device), {}
     if resume:
-        restore(state, stored)
+        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
         state.weights, state.sums = state.weights.to(device), state.sums.to(device)
     if state.step >= total:
         raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
@@ -1040,10 +1049,10 @@ def train(cfg: Config, resume: bool = False) -> Path:
         colours, state.areas = survey(train_set, cfg, device)
         state.rarity = rarity_scores(colours)
     if rank == 0:
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
         common.describe(train_set)
         common.describe(test_set)
+        cfg = open_run(cfg, resume)
+        log = Log(Path(cfg.out), state.step)
         print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
     save_every = cfg.save_every or per_epoch
     bar = tqdm(total=total, initial=state.step, unit="step", disable=None if rank == 0 else True)
@@ -1862,11 +1871,17 @@ class Edit(argparse.Action):
         namespace.edits = [*edits, (option_string.removeprefix("--"), values)]
 
 
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
+
+
 def parser() -> argparse.ArgumentParser:
     """A flag per field of Config, and a few for the call; only those given are in the result."""
     p = argparse.ArgumentParser(
         f"{NAME}.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.error = refuse
     add = p.add_argument
     add("mode", nargs="?", default="train", help="what to do (train)",
         choices=("train", "sample", "interpolate", "transfer", "edit", "video", "evaluate", "check",
@@ -2007,13 +2022,19 @@ def run_test_mode(mode: str, given: dict, call: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    given = vars(parser().parse_args(arguments))
+    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
+    flags = {name for action in p._actions for name in action.option_strings}
+    for word in arguments:                      # argparse would take its value for the mode
+        if word.startswith("--") and word.partition("=")[0] not in flags:
+            raise UserError(f"{word}: no such flag; --help lists all")
+    given = vars(p.parse_args(arguments))
     mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
     given, call = ({k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
                    for flags in (given, call))
     for name in call:
         if mode not in CALL[name]:
             what = f"--{call[name][0][0]}" if name == "edits" else flag(name)
+            what += f" {call[name]}" if name == "preset" else ""
             raise UserError(f"{what} goes with {' or '.join(CALL[name])}, not with {mode}")
     for name, other in (("item", "input"), ("images", "checkpoint")):
         if name in call and other in call:
@@ -2065,7 +2086,9 @@ if __name__ == "__main__":
     except OSError as error:                    # a disk that is full, a folder that is read-only
         print(f"{NAME}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{NAME}.py: error: out of GPU memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        print(f"{NAME}.py: error: out of memory; a smaller --size, --width or --batch-size, or "
+              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
         sys.exit(2)

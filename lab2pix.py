@@ -237,9 +237,8 @@ PRESETS = {
                 gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4, batch_size=2, epochs=7,
                 scorer_width=16, scorer_steps=600),
     "toy-V1": dict(version="V1", size=(128, 128), limit=100, width=16, ups=5, noise=32, d_width=8,
-                   gain=1.0, smooth=True, spectral=True, lambda_4=1.0, s_width=8, s_size=64,
-                   vgg="random", vgg_width=16, lr=4e-4, batch_size=2, epochs=9,
-                   scorer_width=16, scorer_steps=600),
+                   gain=1.0, smooth=True, s_width=8, s_size=64, vgg="random", vgg_width=16,
+                   lr=4e-4, batch_size=2, epochs=9, scorer_width=16, scorer_steps=600),
 }
 # The rows of Tables 1 and 2, each with what it adds to the row above it.
 ROWS = {
@@ -295,9 +294,9 @@ def check_config(cfg: Config) -> None:
                              "lambda_3", "lambda_4", "lambda_5", "lambda_6", "truncation",
                              "gain"), 0)
     bounds |= {"ups": 5 if cfg.version == "V1" else 4, "s_size": 64}
-    highs = {"seed": 10 ** 9, "ups": 8 if cfg.version == "V1" else 7, "scales": 3}
+    highs = {"workers": 256, "ups": 8 if cfg.version == "V1" else 7, "scales": 3}
     for name, low in bounds.items():
-        value, high = getattr(cfg, name), highs.get(name, 10 ** 12)
+        value, high = getattr(cfg, name), highs.get(name, 10 ** 9)
         if not low <= (low if value is None else value) <= high:
             raise UserError(f"{flag(name)} {value}: must lie in {low}..{high}")
     if not 0 < cfg.lr < 1:
@@ -1003,7 +1002,7 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
 def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.device) -> nn.Module:
     """VGG features that nobody trains, once for all discriminators and losses that want them."""
     vgg = common.VGGFeatures(layers, depth, cfg.vgg, not cfg.vgg_raw, width=cfg.vgg_width)
-    return vgg.to(device)
+    return dress(vgg.to(device, memory_format=memory_format(cfg, device)), cfg, device)
 
 
 def build(cfg: Config, device: torch.device) -> State:
@@ -1253,7 +1252,9 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 
 
 def to_float(output):
-    """float32 of a tensor, or of every tensor in a list."""
+    """float32 of a tensor, or of every tensor in a list or a dict."""
+    if isinstance(output, dict):
+        return {name: each.float() for name, each in output.items()}
     return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
 
 
@@ -1334,6 +1335,8 @@ def read_checkpoint(path: Path) -> dict:
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
     if stored["script"] != NAME:
         raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+    if NETWORKS[0] not in stored:
+        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
     return stored
 
 
@@ -1345,6 +1348,10 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     if strange:
         raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
     cfg = Config(**stored["config"])
+    try:
+        check_config(cfg)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
     for name, value in given.items():
         if name not in free and value != getattr(cfg, name):
             raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
@@ -1352,13 +1359,17 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     return replace(cfg, **given)
 
 
-def restore(state: State, stored: dict) -> None:
+def restore(state: State, stored: dict, path: Path) -> None:
     """Continue exactly: networks, optimisers, and the place in the data."""
-    for name, value in vars(state).items():
-        if hasattr(value, "load_state_dict"):
-            plain(value).load_state_dict(stored[name])
-        else:
-            setattr(state, name, stored[name])
+    try:
+        for name, value in vars(state).items():
+            if hasattr(value, "load_state_dict"):
+                plain(value).load_state_dict(stored[name])
+            else:
+                setattr(state, name, stored[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
+        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
+                        "start from its weights with --init")
 
 
 def load_networks(state: State, path: Path, names: tuple[str, ...] = NETWORKS) -> None:
@@ -1412,9 +1423,8 @@ def newest_run() -> Path:
 def open_run(cfg: Config, resume: bool) -> Config:
     """Make the run's folder, never one that holds another run; write config.json."""
     out = Path(cfg.out) if cfg.out else next_run()
-    here = [n for n in ("checkpoint.pt", "config.json", "log.csv") if (out / n).exists()]
-    if here and not resume:
-        raise UserError(f"--out {out}: holds a run already ({here[0]}); --resume continues it")
+    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
+        raise UserError(f"--out {out}: holds a run already; --resume continues it")
     cfg = replace(cfg, out=str(out))
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -1434,7 +1444,9 @@ class Log:
         kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
                             and int(line.split(",")[0]) <= step]
         if lines:                               # resuming repeats the steps after the checkpoint
-            self.path.write_text("\n".join(kept) + "\n")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("\n".join(kept) + "\n" if step else "")
+            os.replace(temporary, self.path)
 
     def write(self, state: State, images: int) -> dict:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
@@ -1579,22 +1591,24 @@ def train(cfg: Config, resume: bool = False) -> Path:
     if resume:
         stored = read_checkpoint(Path(cfg.out) / "checkpoint.pt")
     cfg, train_set, test_set = open_data(cfg)
+    if resume and cfg.edges != stored["config"]["edges"]:
+        raise UserError(f"--data {cfg.data}: the run began with instance maps, which are gone")
     per_step = cfg.batch_size * world
     per_epoch = len(train_set) // per_step
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state, began = build(cfg, device), time.time()
     if resume:
-        restore(state, stored)
+        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
     if state.step >= total:
         raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
                         "--epochs or --steps goes on")
     if rank == 0:
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
         if cfg.version == "V1":
             print(f"V1: {len(train_set)} labels and photos, shuffled apart")
         common.describe(train_set.source if cfg.version == "V1" else train_set)
         common.describe(test_set)
+        cfg = open_run(cfg, resume)
+        log = Log(Path(cfg.out), state.step)
         print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
     save_every = cfg.save_every or per_epoch
     bar = tqdm(total=total, initial=state.step, unit="step", disable=None if rank == 0 else True)
@@ -2136,11 +2150,17 @@ def add_training_flags(add: Callable) -> None:
     add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: an epoch)")
 
 
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
+
+
 def parser() -> argparse.ArgumentParser:
     """A flag per field of Config, and a few for the call; only those given are in the result."""
     p = argparse.ArgumentParser(
         f"{NAME}.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.error = refuse
     add, choice = p.add_argument, argparse.BooleanOptionalAction
     add("mode", nargs="?", default="train", help="what to do (train)",
         choices=("train", "sample", "evaluate", "check", "trace"))
@@ -2226,6 +2246,8 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
         cfg = replace(cfg, init=(), out=given.get("out", str(path.parent)))
         trained_size = tuple(stored["config"]["size"])
     check_config(replace(cfg, size=trained_size))          # an image to be made may have any size
+    if min(cfg.size) < 1:
+        raise UserError(f"--size {cfg.size[0]} {cfg.size[1]}: must be positive")
     state = build(replace(cfg, size=trained_size, **ALONE), pick_device(cfg))
     load_networks(state, path, ("generator",))
     return cfg, state
@@ -2267,7 +2289,12 @@ def released_config(named: dict, path: Path, given: dict, call: dict) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    given = vars(parser().parse_args(arguments))
+    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
+    flags = {name for action in p._actions for name in action.option_strings}
+    for word in arguments:                      # argparse would take its value for the mode
+        if word.startswith("--") and word.partition("=")[0] not in flags:
+            raise UserError(f"{word}: no such flag; --help lists all")
+    given = vars(p.parse_args(arguments))
     mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for name in call:
@@ -2317,7 +2344,9 @@ if __name__ == "__main__":
     except OSError as error:                    # a disk that is full, a folder that is read-only
         print(f"{NAME}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{NAME}.py: error: out of GPU memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        print(f"{NAME}.py: error: out of memory; a smaller --size, --width or --batch-size, or "
+              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
         sys.exit(2)

@@ -181,7 +181,7 @@ def check_config(cfg: Config) -> None:
     for name in ("limit", "steps", "levels", "save_every", "lambda_l1", "seed", "workers"):
         bounds[name] = 0
     for name, low in bounds.items():
-        high = {"levels": 8, "seed": 10 ** 9}.get(name, 10 ** 12)
+        high = {"levels": 8, "workers": 256}.get(name, 10 ** 9)
         if not low <= (getattr(cfg, name) or 0 if low == 0 else getattr(cfg, name)) <= high:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must lie in {low}..{high}")
     if not 0 < cfg.lr < 1:
@@ -517,7 +517,9 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 
 
 def to_float(output):
-    """float32 of a tensor, or of every tensor in a list."""
+    """float32 of a tensor, or of every tensor in a list or a dict."""
+    if isinstance(output, dict):
+        return {name: each.float() for name, each in output.items()}
     return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
 
 
@@ -598,6 +600,8 @@ def read_checkpoint(path: Path) -> dict:
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
     if stored["script"] != NAME:
         raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+    if NETWORKS[0] not in stored:
+        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
     return stored
 
 
@@ -609,6 +613,10 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     if strange:
         raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
     cfg = Config(**stored["config"])
+    try:
+        check_config(cfg)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
     for name, value in given.items():
         if name not in free and value != getattr(cfg, name):
             raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
@@ -616,13 +624,17 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     return replace(cfg, **given)
 
 
-def restore(state: State, stored: dict) -> None:
+def restore(state: State, stored: dict, path: Path) -> None:
     """Continue exactly: networks, optimisers, and the place in the data."""
-    for name, value in vars(state).items():
-        if hasattr(value, "load_state_dict"):
-            plain(value).load_state_dict(stored[name])
-        else:
-            setattr(state, name, stored[name])
+    try:
+        for name, value in vars(state).items():
+            if hasattr(value, "load_state_dict"):
+                plain(value).load_state_dict(stored[name])
+            else:
+                setattr(state, name, stored[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
+        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
+                        "start from its weights with --init")
 
 
 def load_networks(state: State, path: Path) -> None:
@@ -670,9 +682,8 @@ def newest_run() -> Path:
 def open_run(cfg: Config, resume: bool) -> Config:
     """Make the run's folder, never one that holds another run; write config.json."""
     out = Path(cfg.out) if cfg.out else next_run()
-    here = [n for n in ("checkpoint.pt", "config.json", "log.csv") if (out / n).exists()]
-    if here and not resume:
-        raise UserError(f"--out {out}: holds a run already ({here[0]}); --resume continues it")
+    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
+        raise UserError(f"--out {out}: holds a run already; --resume continues it")
     cfg = replace(cfg, out=str(out))
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -692,7 +703,9 @@ class Log:
         kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
                             and int(line.split(",")[0]) <= step]
         if lines:                               # resuming repeats the steps after the checkpoint
-            self.path.write_text("\n".join(kept) + "\n")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("\n".join(kept) + "\n" if step else "")
+            os.replace(temporary, self.path)
 
     def write(self, state: State, images: int) -> dict:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
@@ -790,15 +803,15 @@ def train(cfg: Config, resume: bool = False) -> Path:
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state = build(cfg, device)
     if resume:
-        restore(state, stored)
+        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
     if state.step >= total:
         raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
                         "--epochs or --steps goes on")
     if rank == 0:
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
         common.describe(train_set)
         common.describe(test_set)
+        cfg = open_run(cfg, resume)
+        log = Log(Path(cfg.out), state.step)
         print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
     save_every = cfg.save_every or per_epoch
     bar = tqdm(total=total, initial=state.step, unit="step", disable=None if rank == 0 else True)
@@ -1086,6 +1099,9 @@ def evaluate(cfg: Config, state: State) -> dict:
     """
     device, out = next(plain(state.generator).parameters()).device, Path(cfg.out or ".")
     generator, test_set = test_time(state, cfg), dataset(cfg, "test")
+    if not test_set.roles & {"image", "B", "pair"}:
+        raise UserError(f"--data {cfg.data}: its test split has no photos, so there is no truth to "
+                        "compare with; use sample")
     table = class_table(cfg.classes) if cfg.classes else None
     scorer = scorer_for(cfg, device) if cfg.task == "labels2photo" else None
     scored = table is not None and cfg.task in ("labels2photo", "photo2labels")
@@ -1223,11 +1239,17 @@ def receptive_field(patch: int) -> int:
     return int(rows.max() - rows.min() + 1)
 
 
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
+
+
 def parser() -> argparse.ArgumentParser:
     """A flag per field of Config, and a few for the call; only those given are in the result."""
     p = argparse.ArgumentParser(
         "pix2pix.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.error = refuse
     add = p.add_argument
     add("mode", nargs="?", default="train", help="what to do (train)",
         choices=("train", "sample", "evaluate", "check", "trace"))
@@ -1319,7 +1341,12 @@ def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    given = vars(parser().parse_args(arguments))
+    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
+    flags = {name for action in p._actions for name in action.option_strings}
+    for word in arguments:                      # argparse would take its value for the mode
+        if word.startswith("--") and word.partition("=")[0] not in flags:
+            raise UserError(f"{word}: no such flag; --help lists all")
+    given = vars(p.parse_args(arguments))
     mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for name in call:
@@ -1370,7 +1397,9 @@ if __name__ == "__main__":
     except OSError as error:                    # a disk that is full, a folder that is read-only
         print(f"pix2pix.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print("pix2pix.py: error: out of GPU memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        print("pix2pix.py: error: out of memory; a smaller --size, --width or --batch-size, or "
+              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
         sys.exit(2)

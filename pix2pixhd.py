@@ -204,9 +204,9 @@ def check_config(cfg: Config) -> None:
     bounds |= dict.fromkeys(("limit", "steps", "save_every", "seed", "workers", "enhancers",
                              "features", "lambda_fm", "lambda_vgg", "enhancer_epochs", "downs",
                              "min_area"), 0)
-    highs = {"seed": 10 ** 9, "enhancers": 4, "scales": 6, "downs": 8, "min_area": 1}
+    highs = {"workers": 256, "enhancers": 4, "scales": 6, "downs": 8, "min_area": 1}
     for name, low in bounds.items():
-        value, high = getattr(cfg, name), highs.get(name, 10 ** 12)
+        value, high = getattr(cfg, name), highs.get(name, 10 ** 9)
         if not low <= (low if value is None else value) <= high:
             raise UserError(f"{flag(name)} {value}: must lie in {low}..{high}")
     if not 0 < cfg.lr < 1:
@@ -632,6 +632,17 @@ def perceptual_loss(real: dict[str, Tensor], fake: dict[str, Tensor]) -> Tensor:
                for name, weight in VGG_LAYERS.items())
 
 
+def perceptual_pull(vgg: nn.Module, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """The perceptual loss, and its gradient at x_hat: all that G's backward pass needs of it.
+
+    Taken at once, before D looks at x_hat, so that VGG's maps and D's are never in memory together.
+    """
+    with torch.no_grad():                       # the photo's features are a target: no graph
+        features = vgg(x)
+    loss = perceptual_loss(features, vgg(x_hat))
+    return loss, torch.autograd.grad(loss, x_hat)[0]
+
+
 # ------------------------------------------------------------------------------- 4 Training
 
 @dataclass
@@ -735,7 +746,8 @@ def build(cfg: Config, device: torch.device) -> State:
         encoder.requires_grad_(False)
     vgg = None
     if "VGG" in cfg.loss:
-        vgg = common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise).to(device)
+        vgg = common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise)
+        vgg = dress(vgg.to(device, memory_format=memory_format(cfg, device)), cfg, device)
     adam = [torch.optim.Adam(trained(*some), cfg.lr, cfg.betas, fused=True)
             for some in ((generator, encoder), (discriminator,))]
     state = State(*nets, vgg, *adam)
@@ -775,7 +787,8 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     if cfg.task == "pairs":
         return batch                            # an RGB input: nothing to make
     label = batch["label"]
-    s = F.one_hot(label, class_table(cfg.classes).channels).movedim(-1, 1).float()
+    ids = torch.arange(class_table(cfg.classes).channels, device=label.device)
+    s = (label[:, None] == ids.view(-1, 1, 1)).float()      # one-hot, without an int64 of each
     if cfg.boundary:
         s = torch.cat([s, boundary_map(batch["instance"])], 1)
     region = batch.get("instance", label) if cfg.pool == "instance" else label
@@ -808,6 +821,9 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         stored = cfg.stored_features and cfg.enhancers > 0
         s_z = torch.cat([s, style_of_photo(E, x, batch["region"], stored)], 1)
     x_hat = G(s_z)
+    pull = 0.0
+    if "VGG" in cfg.loss:
+        loss_vgg, pull = perceptual_pull(state.vgg, x, x_hat)
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
 
     # G and E: the min in Eq. (4).
@@ -817,10 +833,8 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         losses["g_fm"] = feature_matching_loss(real, fake, cfg.fm_mean)
         objective = objective + cfg.lambda_fm * losses["g_fm"]
     if "VGG" in cfg.loss:
-        with torch.no_grad():                   # the photo's features are a target: no graph
-            features = state.vgg(x)
-        losses["g_vgg"] = perceptual_loss(features, state.vgg(x_hat))
-        objective = objective + cfg.lambda_vgg * losses["g_vgg"]
+        losses["g_vgg"] = loss_vgg
+        objective = objective + cfg.lambda_vgg * (pull * x_hat).sum()    # the same gradient
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(G, E), retain_graph=True)
 
@@ -860,7 +874,9 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 
 
 def to_float(output):
-    """float32 of a tensor, or of every tensor in a list."""
+    """float32 of a tensor, or of every tensor in a list or a dict."""
+    if isinstance(output, dict):
+        return {name: each.float() for name, each in output.items()}
     return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
 
 
@@ -941,6 +957,8 @@ def read_checkpoint(path: Path) -> dict:
         return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
     if stored["script"] != NAME:
         raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+    if NETWORKS[0] not in stored:
+        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
     return stored
 
 
@@ -952,6 +970,10 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     if strange:
         raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
     cfg = Config(**stored["config"])
+    try:
+        check_config(cfg)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
     for name, value in given.items():
         if name not in free and value != getattr(cfg, name):
             raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
@@ -959,13 +981,17 @@ def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Conf
     return replace(cfg, **given)
 
 
-def restore(state: State, stored: dict) -> None:
+def restore(state: State, stored: dict, path: Path) -> None:
     """Continue exactly: networks, optimisers, and the place in the data."""
-    for name, value in vars(state).items():
-        if hasattr(value, "load_state_dict"):
-            plain(value).load_state_dict(stored[name])
-        else:
-            setattr(state, name, stored[name])
+    try:
+        for name, value in vars(state).items():
+            if hasattr(value, "load_state_dict"):
+                plain(value).load_state_dict(stored[name])
+            else:
+                setattr(state, name, stored[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
+        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
+                        "start from its weights with --init")
 
 
 def load_networks(state: State, path: Path, fresh: tuple[str, ...] = ()) -> None:
@@ -1023,9 +1049,8 @@ def newest_run() -> Path:
 def open_run(cfg: Config, resume: bool) -> Config:
     """Make the run's folder, never one that holds another run; write config.json."""
     out = Path(cfg.out) if cfg.out else next_run()
-    here = [n for n in ("checkpoint.pt", "config.json", "log.csv") if (out / n).exists()]
-    if here and not resume:
-        raise UserError(f"--out {out}: holds a run already ({here[0]}); --resume continues it")
+    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
+        raise UserError(f"--out {out}: holds a run already; --resume continues it")
     cfg = replace(cfg, out=str(out))
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -1045,7 +1070,9 @@ class Log:
         kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
                             and int(line.split(",")[0]) <= step]
         if lines:                               # resuming repeats the steps after the checkpoint
-            self.path.write_text("\n".join(kept) + "\n")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("\n".join(kept) + "\n" if step else "")
+            os.replace(temporary, self.path)
 
     def write(self, state: State, images: int) -> dict:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
@@ -1157,27 +1184,34 @@ def train(cfg: Config, resume: bool = False) -> Path:
     if resume:
         stored = read_checkpoint(Path(cfg.out) / "checkpoint.pt")
     cfg, train_set, test_set = open_data(cfg)
+    if resume and cfg.boundary != stored["config"]["boundary"]:
+        raise UserError(f"--data {cfg.data}: the run began with instance maps, which are gone")
     stages = plan(cfg)
     per_step = cfg.batch_size * world
     per_epoch = len(train_set) // per_step
     total = min(cfg.steps or math.inf, sum(stage.epochs for stage in stages) * per_epoch)
     state = build(stages[stored["stage"] if resume else 0].cfg, device)
     if resume:
-        restore(state, stored)
+        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
         begun = [[s.first for s in some[:state.stage + 1]]
                  for some in (stages, plan(Config(**stored["config"])))]
         if begun[0] != begun[1]:
             raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
                             f"stages that have begun (at epochs {begun[1]}, now {begun[0]}); only "
                             "the last stage can grow")
+    if state.step >= total and state.encoder is not None and not state.styles:
+        if rank == 0:                           # killed before it had them
+            encode(replace(stages[state.stage].cfg, out=cfg.out), state)
+            save_checkpoint(state, cfg)
+        return Path(cfg.out)
     if state.step >= total:
         raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
                         "--epochs or --steps goes on")
     if rank == 0:
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
         common.describe(train_set)
         common.describe(test_set)
+        cfg = open_run(cfg, resume)
+        log = Log(Path(cfg.out), state.step)
         print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
         announce(stages)
     save_every = cfg.save_every or per_epoch
@@ -2079,11 +2113,17 @@ class Edit(argparse.Action):
         namespace.edits = [*edits, (option_string.removeprefix("--"), values or "")]
 
 
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
+
+
 def parser() -> argparse.ArgumentParser:
     """A flag per field of Config, and a few for the call; only those given are in the result."""
     p = argparse.ArgumentParser(
         f"{NAME}.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.error = refuse
     add = p.add_argument
     add("mode", nargs="?", default="train", help="what to do (train)",
         choices=("train", "sample", "edit", "encode", "evaluate", "check", "trace"))
@@ -2239,7 +2279,12 @@ def released_config(path: Path, named: list[dict], given: dict, call: dict) -> C
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    given = vars(parser().parse_args(arguments))
+    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
+    flags = {name for action in p._actions for name in action.option_strings}
+    for word in arguments:                      # argparse would take its value for the mode
+        if word.startswith("--") and word.partition("=")[0] not in flags:
+            raise UserError(f"{word}: no such flag; --help lists all")
+    given = vars(p.parse_args(arguments))
     mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
     given, call = ({k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
                    for flags in (given, call))
@@ -2337,7 +2382,9 @@ if __name__ == "__main__":
     except OSError as error:                    # a disk that is full, a folder that is read-only
         print(f"{NAME}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{NAME}.py: error: out of GPU memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        print(f"{NAME}.py: error: out of memory; a smaller --size, --width or --batch-size, or "
+              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
         sys.exit(2)

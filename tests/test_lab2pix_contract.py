@@ -82,7 +82,8 @@ def test_a_checkpoint_is_plain_and_carries_its_config(run):
 @pytest.mark.parametrize("extra", [
     TINY + " --first label --form eq5 --no-edges --released-losses --ttur --no-decay",
     TINY + " --ablation A_s --jitter --no-mirror", TINY + " --precision bf16 --channels-last",
-    TINY_V1 + " --smooth --spectral", TINY_V1 + " --task edges --form v1code --no-dgnorm", TINY_V1 + " --ablation A_u"])
+    TINY_V1 + " --smooth --spectral", TINY_V1 + " --task edges --form v1code --no-dgnorm",
+    TINY_V1 + " --ablation A_u"])
 def test_every_setting_trains_and_samples(extra):
     """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
     call(f"{extra} --steps 2 --out r")

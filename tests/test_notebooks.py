@@ -1,4 +1,4 @@
-"""The notebooks as committed; and each executed from a fresh kernel, with every answer filled in."""
+"""The notebooks as committed; and each executed from a fresh kernel, with all answers filled in."""
 
 import base64
 import io

@@ -1,0 +1,375 @@
+"""How fast, how large, how well fed: times each script's `train_step`; asserts nothing.
+
+    python tests/benchmark.py                     the small configurations; on a GPU the papers' own
+    python tests/benchmark.py toy pix2pixhd       a group, or one by name; --list names them
+    python tests/benchmark.py paper --gpu 0 --precision bf16 --compile
+    python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
+    python tests/benchmark.py memory              what the papers' steps need, on any machine
+
+Batches are streets, read and paired by the script that is timed; VGG is random, which costs the
+same. Each configuration has a process of its own, so its memory is its own. On a busy machine use
+--threads 1: all columns then go by the CPU's seconds, which other processes disturb least.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.data import DataLoader, default_collate  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import common  # noqa: E402
+
+# ------------------------------------------------------------------------------- configurations
+
+def case(script: str, classes: int = 0, what: str = "step", released: tuple = (), **settings):
+    """`classes`: label channels, the streets' own and empty ones, or 0 for the streets' alone."""
+    return SimpleNamespace(script=script, classes=classes, what=what, released=released,
+                           settings=settings)
+
+
+# `released`: the authors' training steps at the same sizes and widths, measured once on an idle
+# machine of two cores (2.5 GHz, AVX-512; fp32, batch 1, torch 2.15): seconds with two threads, CPU
+# seconds with one thread, GFLOP. Where the releases do other work than the papers say, ours is set
+# to do theirs: SPADE's first layer, VGG-19 at one size, V1's blocks.
+V2 = dict(size=(128, 256), width=32, batch_size=1, first="label", released_losses=True)
+V1 = dict(size=(128, 256), version="V1", batch_size=1, dgnorm=False, form="v1code")
+IMLE = dict(size=(128, 256), width=128, rebalance="none")
+SMALL = {
+    "pix2pix": case("pix2pix", released=(0.92, 1.80, 86.9)),
+    "pix2pixhd": case("pix2pixhd", 35, released=(1.35, 2.49, 168),
+                      size=(128, 256), enhancers=0, width=32, scales=2),
+    "pix2pixhd-encoder": case("pix2pixhd", 35, released=(2.97, 5.45, 411), size=(256, 512),
+                              enhancers=0, width=16, d_width=32, features=3, scales=2),
+    "pix2pixhd-joint": case("pix2pixhd", 35, released=(3.07, 5.54, 415),
+                            size=(256, 512), width=32, d_width=32),
+    "pooling": case("pix2pixhd", 0, "pooling", (0.36, 0.57, math.nan), size=(512, 1024)),
+    "crn_imle": case("crn_imle", 20, **IMLE),
+    "crn_imle-search": case("crn_imle", 20, "search", pool=1, **IMLE),
+    "spade": case("lab2pix", 35, released=(2.71, 5.04, 393), ablation="A_s", **V2),
+    "lab2pix-v2": case("lab2pix", 35, released=(8.00, 14.9, 1119), **V2),
+    "lab2pix-v1": case("lab2pix", 35, released=(5.49, 9.0, 610), **V1)}
+TOY = {f"{script}-toy": case(script, preset="toy")
+       for script in ("pix2pix", "pix2pixhd", "crn_imle", "lab2pix")}
+TOY["lab2pix-v1-toy"] = case("lab2pix", preset="toy-V1")
+PAPER = {
+    "pix2pix": SMALL["pix2pix"],
+    "pix2pix-batch10": case("pix2pix", preset="cityscapes-batch10", direction="AtoB"),
+    "pix2pixhd-512p": case("pix2pixhd", 35, preset="512p"),
+    "pix2pixhd-1024p": case("pix2pixhd", 35, preset="1024p"),
+    "pix2pixhd-1024p-features": case("pix2pixhd", 35, preset="1024p-features"),
+    "crn-gta": case("crn_imle", 20, preset="crn-gta"),
+    "imle": case("crn_imle", 20, preset="imle", rebalance="none"),
+    "spade-paper": case("lab2pix", 35, ablation="A_s", batch_size=5),          # 20 on four GPUs
+    "lab2pix-v2-paper": case("lab2pix", 35, preset="V2-cityscapes", batch_size=5),
+    "lab2pix-v2-h": case("lab2pix", 35, preset="V2-H-cityscapes", batch_size=2),
+    "lab2pix-v1-paper": case("lab2pix", 35, preset="V1-cityscapes")}
+GROUPS, CASES = {"small": SMALL, "toy": TOY, "paper": PAPER}, SMALL | TOY | PAPER
+
+
+def configure(name: str, options: argparse.Namespace):
+    """The script of a configuration, and its config."""
+    this, streets = CASES[name], common.TABLES["streets"]
+    script = importlib.import_module(this.script)
+    given = this.settings | dict(vgg="random", precision=options.precision, gpu=options.gpu,
+                                 channels_last=options.channels_last or None)
+    if this.script == "lab2pix":
+        cfg = script.configure(**given)
+    else:
+        cfg = replace(script.Config(), **script.PRESETS.get(given.pop("preset", ""), {}) | given)
+    if this.script == "pix2pixhd":
+        cfg = script.plan(cfg)[-1].cfg          # G1, or G1 and G2 trained together
+    empty = range(len(streets.names), this.classes)
+    common.TABLES["streets"] = replace(
+        streets, names=streets.names + tuple(f"empty {i}" for i in empty),
+        colours=streets.colours + ((0, 0, 0),) * len(empty))
+    if "released_losses" in given:              # the releases' hidden layers have 128 at any width
+        block, globe = script.GenResBlk, script.GlobalEncoder
+        script.GenResBlk = lambda c_in, c_out, n, _, form: block(c_in, c_out, n, 128, form)
+        script.GlobalEncoder = lambda n, _, downs, heads: globe(n, 64, downs, heads)
+    return script, replace(cfg, classes="streets")
+
+
+def batch_of(script, train_set, cfg, device: torch.device) -> dict:
+    """What epoch_batches yields: streets, as pairs on the device."""
+    batch = default_collate([train_set[i] for i in range(cfg.batch_size)])
+    batch = script.make_pair({k: v.to(device) if torch.is_tensor(v) else v
+                              for k, v in batch.items()}, cfg)
+    return {k: v.contiguous(memory_format=script.memory_format(cfg, device))
+            if k in ("input", "image", "noise") else v for k, v in batch.items()}
+
+
+def work_of(name: str, script, cfg, device: torch.device):
+    """What is to be timed, as a function without arguments."""
+    train_set, what = script.dataset(cfg, "train"), CASES[name].what
+    if what == "pooling":                       # forward and backward over 6 x 7 objects
+        h, w = cfg.size
+        region = (torch.arange(h) * 6 // h)[:, None] * 7 + torch.arange(w) * 7 // w
+        region, z = region[None].to(device), torch.randn(1, 3, h, w, device=device)
+        return lambda: script.instance_average(z.requires_grad_(), region).backward(z.detach())
+    state = script.build(cfg, device)
+    if what == "search":                        # cfg.pool photos, each with its m candidates
+        n, c = len(train_set), script.channels(cfg)
+        state.rarity, state.areas = torch.ones(n, c).double(), torch.ones(c).double()
+        return lambda: script.search(state, train_set, cfg, {})
+    batch = batch_of(script, train_set, cfg, device)
+    return lambda: script.train_step(state, batch, cfg)
+
+
+# -------------------------------------------------------------------------------------- seconds
+
+def alone(function, *arguments):
+    """function(*arguments) in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def seconds_of(work, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Medians of wall seconds and of CPU seconds (all threads), after two calls for warming up."""
+    wait, clocks = torch.cuda.synchronize if device.type == "cuda" else bool, []
+    for _ in range(repeats + 2):
+        wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        wait()
+        clocks.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return tuple(statistics.median(times) for times in zip(*clocks[2:]))
+
+
+def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
+    """One row of the table."""
+    torch.set_num_threads(options.threads)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        script, cfg = configure(name, options)
+        device = script.pick_device(cfg)
+        work = work_of(name, script, cfg, device)
+        with FlopCounterMode(display=False) as flops:
+            work()
+        if options.compile:                     # the counter sees nothing in compiled code
+            work = work_of(name, script, replace(cfg, compile=True), device)
+        wall, cpu = seconds_of(work, device, options.repeats)
+    return SimpleNamespace(cfg=cfg, wall=wall, cpu=cpu, gflop=flops.get_total_flops() / 1e9,
+                           gib=script.peak_memory(device))
+
+
+def convolution_peak(options: argparse.Namespace) -> float:
+    """GFLOP/s of the fastest of a few 3 x 3 convolutions: what this machine can do at best."""
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu") if options.gpu < 0 else torch.device("cuda", options.gpu)
+    torch.backends.cudnn.benchmark = True
+    kind = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    batch, speeds = 1 if options.gpu < 0 else 16, []
+    for c, side in ((64, 128), (128, 64), (256, 64), (512, 32)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, w = (torch.randn(shape, device=device, dtype=kind).contiguous(memory_format=layout)
+                    for shape in ((batch, c, side, side), (c, c, 3, 3)))
+            times = seconds_of(lambda: F.conv2d(x, w, padding=1), device, 9)
+            speeds.append(2 * 9 * c * x.numel() / times[options.by_cpu] / 1e9)
+    return max(speeds)
+
+
+def line(first: str, *cells: float | str) -> None:
+    """A line of a table: numbers with three digits or more, flush right."""
+    print(f"{first:26}" + "".join(
+        f"{c if isinstance(c, str) else f'{c:.0f}' if c >= 100 else f'{c:.3g}':>10}"
+        for c in cells), flush=True)
+
+
+def steps_table(names: list[str], options: argparse.Namespace) -> None:
+    peak, by_cpu = alone(convolution_peak, options), options.by_cpu
+    print(f"\n{options.device}, {options.threads} thread(s), {options.precision}"
+          f"{', compiled' * options.compile}; best 3x3 convolution {peak:.0f} GFLOP/s; medians of "
+          f"{options.repeats} steps.\nreleased: the authors' step on an idle two-core machine, in "
+          f"{'CPU seconds with one thread' if by_cpu else 'seconds with two threads'}, and its "
+          "GFLOP; then its time over ours.")
+    line("configuration", "size", "s/step", "CPU s", "images/s", "GFLOP", "GFLOP/s", "of peak",
+         "GiB", *(("released", "GFLOP", "faster") if options.gpu < 0 else ()))
+    for name in names:
+        row, released = alone(measure, name, options), CASES[name].released
+        seconds = row.cpu if by_cpu else row.wall
+        speed = row.gflop / seconds
+        more = (released[by_cpu], released[2], f"{released[by_cpu] / seconds:.2f}x") if (
+            released and options.gpu < 0) else ()
+        line(name, "{}x{}".format(*row.cfg.size), row.wall, row.cpu, row.cfg.batch_size / seconds,
+             row.gflop, speed, f"{speed / peak:.0%}", row.gib, *more)
+
+
+# ----------------------------------------------------------------------------------------- data
+
+def loader_speed(data: str, size: tuple[int, int], workers: int, n: int = 48) -> list[float]:
+    """Images per second after the first: of the first pass, and of the next."""
+    torch.set_num_threads(1)
+    train_set, speeds = common.Dataset(data, "train", size, mirror=True), []
+    order = [i % len(train_set) for i in range(n)]
+    for _ in range(2):
+        loader = iter(DataLoader(train_set, 1, sampler=order, num_workers=workers))
+        next(loader)
+        clock = time.perf_counter()
+        speeds.append(sum(1 for _ in loader) / (time.perf_counter() - clock))
+    return speeds
+
+
+def wait_share(name: str, data: str, workers: int, options: argparse.Namespace) -> tuple:
+    """images/s and the share of waiting, from the last 20 of 40 steps by the toy preset."""
+    torch.set_num_threads(options.threads)
+    script = importlib.import_module(name)
+    settings = script.PRESETS["toy"] | dict(data=data, workers=workers, steps=40, vgg="random",
+                                            gpu=options.gpu)
+    if name == "crn_imle":
+        settings |= dict(pool=4, keep_features=0)           # a short search, no features kept
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO())):
+        script.train(replace(script.Config(), out=folder, **settings))
+        names, *_, last = Path(folder, "log.csv").read_text().splitlines()
+    row = dict(zip(names.split(","), last.split(",")))
+    return float(row["images/s"]), f"{float(row['wait']):.0%}"
+
+
+def data_tables(options: argparse.Namespace) -> None:
+    sources = {"streets": ""} | ({Path(options.data).name: options.data} if options.data else {})
+    print("\nThe loader: images per second, first pass and next (streets, once drawn, are kept).")
+    line("data", "size", *(word for n in (0, 1, 2) for word in (f"{n} workers", "next")))
+    for name, data in sources.items():
+        for size in ((128, 256), (256, 512), (1024, 2048)):
+            speeds = [alone(loader_speed, data, size, workers) for workers in (0, 1, 2)]
+            line(name, "{}x{}".format(*size), *(speed for some in speeds for speed in some))
+    print("\nTraining by the toy presets: images per second, and the share of time spent waiting.")
+    line("data", "script", "0 workers", "waits", "2 workers", "waits")
+    for name, data in sources.items():
+        for script in ("pix2pix", "pix2pixhd", "crn_imle", "lab2pix"):
+            line(name, script, *alone(wait_share, script, data, 0, options),
+                 *alone(wait_share, script, data, 2, options))
+
+
+# --------------------------------------------------------------------------------------- memory
+
+class Peak(TorchDispatchMode):
+    """The most bytes at one moment: `now` in the `known` storages, and those made since."""
+
+    def __init__(self, now: int, known: set):
+        super().__init__()
+        self.now, self.most, self.known = now, now, set(known)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        made = operation(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def bytes_of(name: str, options: argparse.Namespace) -> SimpleNamespace:
+    """Bytes that one step needs, counted at full size on tensors that have shapes but no numbers.
+
+    What a forward pass keeps for the backward passes counts once, for the network that kept it
+    first. Adam's moments are added to the peak, since tensors without numbers cannot be updated.
+    """
+    script, cfg = configure(name, options)
+    state = script.build(cfg, torch.device("cpu"))
+    batch = batch_of(script, script.dataset(cfg, "train"), cfg, torch.device("cpu"))
+    batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
+    kept, inside, weights = {}, ["losses"], []
+    for key, value in vars(state).items():
+        if isinstance(value, torch.optim.Optimizer):
+            value.step = lambda: None
+        elif hasattr(value, "to"):
+            setattr(state, key, value.to("meta"))
+        if isinstance(value, torch.nn.Module):
+            kind = "VGG" if "vgg" in key else key[0].upper()
+            value.register_forward_pre_hook(lambda *_, kind=kind: inside.append(kind))
+            value.register_forward_hook(lambda *_: inside.pop() and None)
+            weights += value.parameters()
+    seen = {p.untyped_storage()._cdata for p in weights}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            kept[inside[-1]] = kept.get(inside[-1], 0) + storage.nbytes()
+            seen.add(storage._cdata)
+            weakref.finalize(storage, seen.discard, storage._cdata)     # another may take its place
+        return tensor.detach()
+
+    trained = sum(p.nbytes for p in weights if p.requires_grad)
+    with Peak(sum(p.nbytes for p in weights) + 2 * trained, seen) as peak:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            script.train_step(state, batch, cfg)
+    weights = sum(p.nbytes for p in weights) + 3 * trained
+    return SimpleNamespace(cfg=cfg, bytes=kept | {"weights": weights, "peak": peak.most})
+
+
+def memory_table(options: argparse.Namespace) -> None:
+    print("\nGiB that a training step needs, fp32, counted at full size without computing: kept "
+          "for backward by\nG, D, S, VGG and the losses; weights, gradients, Adam's moments; all "
+          "tensors at the worst moment.\nThe convolutions' workspace comes on top.")
+    parts = ("G", "D", "S", "VGG", "losses", "weights", "peak")
+    line("configuration", "size", "batch", *parts)
+    for name in PAPER:
+        if CASES[name].what == "step" and "features" not in name:     # pooling needs real numbers
+            row = alone(bytes_of, name, options)
+            line(name, "{}x{}".format(*row.cfg.size), str(row.cfg.batch_size),
+                 *(row.bytes.get(part, 0) / 2 ** 30 for part in parts))
+
+
+# --------------------------------------------------------------------------------- command line
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="configurations or groups: small, toy, paper, data, memory")
+    parser.add_argument("--list", action="store_true", help="name the configurations and stop")
+    parser.add_argument("--data", default="", metavar="DIR", help="with data: this folder, too")
+    parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1,
+                        help="CUDA device; -1 is the CPU (default: the first GPU, else the CPU)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="of the CPU (default here: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--channels-last", action="store_true", help="on the CPU; a GPU has it")
+    parser.add_argument("--repeats", type=int, default=5, help="steps per median (default: 5)")
+    options = parser.parse_args()
+    options.device = torch.cuda.get_device_name(options.gpu) if options.gpu >= 0 else "CPU"
+    options.by_cpu = options.gpu < 0 and options.threads == 1
+    wanted = options.names or ["paper" if options.gpu >= 0 else "small"]
+    unknown = set(wanted) - set(CASES) - set(GROUPS) - {"data", "memory"}
+    if unknown:
+        parser.error(f"no configuration {', '.join(sorted(unknown))}; --list names them")
+    names = [name for w in wanted for name in GROUPS.get(w, [w] if w in CASES else [])]
+    if options.list:
+        print("\n".join(f"{group}: {', '.join(cases)}" for group, cases in GROUPS.items()))
+        return
+    if names:
+        steps_table(list(dict.fromkeys(names)), options)
+    if "data" in wanted:
+        data_tables(options)
+    if "memory" in wanted:
+        memory_table(options)
+
+
+if __name__ == "__main__":
+    main()
