@@ -205,7 +205,7 @@ def kill_often(name: str, line: str, total: int, kills: int, rng: random.Random,
             return count | {"kills": kills - left}
 
 
-def fill_the_disk(name: str) -> str:
+def full_disk(name: str) -> str:
     """Go on where there is room for half a checkpoint; returns what the script said."""
     before, step = Path("early/checkpoint.pt").read_bytes(), step_of("early")
     child, pipe = begin(name, "--resume --out early", room=len(before) // 2)
@@ -232,7 +232,7 @@ def judge(name: str, kills: int, seed: int) -> str:
     count = kill_often(name, line, total, kills, rng, takes)
     assert_same_state("killed", "whole")
     assert losses_of("killed") == losses_of("whole"), "the logs differ"
-    said = fill_the_disk(name)
+    said = full_disk(name)
     return ("{}: {kills} kills, {saves} of them inside a save; {starts} starts, {resumes} resumes; "
             "after {} steps bit-equal to the uninterrupted run, its log too ({:.0f} s)\n"
             "    full disk: {}").format(name, total, time.time() - clock, said, **count)

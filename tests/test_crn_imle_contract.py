@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SCRIPTS, Trap, assert_same, assert_same_state, label_map, losses_of, refuses,
+    SCRIPTS, Trap, assert_same, assert_same_state, fill_the_disk, label_map, losses_of, refuses,
     stored, torchrun)
 from PIL import Image
 
@@ -497,12 +497,8 @@ def test_nan_weights_are_never_saved(capsys, monkeypatch):
 def test_a_full_disk_keeps_the_last_good_checkpoint(capsys, monkeypatch, tmp_path, broken):
     call(f"{TINY} --steps 3 --out r")
     before = Path("r/checkpoint.pt").read_bytes()
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(broken, full)
+        fill_the_disk(patch, broken)
         fails(capsys, "--resume --steps 6 --out r", "checkpoint.pt", "No space left")
     assert Path("r/checkpoint.pt").read_bytes() == before
     assert not list(Path("r").rglob("*.tmp"))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SCRIPTS, Trap, assert_same, assert_same_state, losses_of, refused, refuses, stored,
-    torchrun)
+    SCRIPTS, Trap, assert_same, assert_same_state, fill_the_disk, losses_of, refused, refuses,
+    stored, torchrun)
 from PIL import Image
 
 import common
@@ -1217,12 +1217,8 @@ def test_nan_weights_are_never_saved(capsys, monkeypatch):
 def test_a_full_disk_keeps_the_last_good_checkpoint(capsys, monkeypatch, broken):
     call(f"{ONE} --steps 1 --out r")
     before = Path("r/checkpoint.pt").read_bytes()
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(broken, full)
+        fill_the_disk(patch, broken)
         fails(capsys, "--resume --steps 2 --out r", "checkpoint.pt", "No space left")
         fails(capsys, "encode --out r --clusters 1", "checkpoint.pt", "No space left")
     assert Path("r/checkpoint.pt").read_bytes() == before
