@@ -27,7 +27,7 @@ from types import CodeType
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, shell, stored
+from conftest import SCRIPTS, Trap, shell, stored
 from PIL import Image
 
 NAMES = ("crn_imle", "lab2pix", "pix2pix", "pix2pixhd")
@@ -124,13 +124,6 @@ def numpy_file() -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, photo())
     return buffer.getvalue()
-
-
-class Trap:
-    """Unpickled, it makes a file: code has run that came with the data."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("sprung"),)
 
 
 # ------------------------------------------------------------------ The user, and what is looked at

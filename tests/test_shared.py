@@ -23,7 +23,8 @@ ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Ev
          "7 Command line"]
 REPEATED = ["memory_format", "dress", "to_float", "plain", "place", "pick_device", "Stop",
             "save_checkpoint", "read_checkpoint", "stored_config", "restore", "next_run",
-            "newest_run", "open_run", "Log", "save_images", "reflect", "peak_memory", "flag"]
+            "newest_run", "open_run", "Log", "save_images", "reflect", "peak_memory", "flag",
+            "refuse"]
 
 each_script = pytest.mark.parametrize("name", NAMES)
 
