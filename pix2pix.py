@@ -209,6 +209,10 @@ def fit_levels(cfg: Config) -> Config:
         near = [max(unit, round(s / unit) * unit) for s in (h, w)]
         raise UserError(f"--size {h} {w}: G halves each side {cfg.levels or '4 to 8'} times, so it "
                         f"must be a multiple of {unit}; the nearest is --size {near[0]} {near[1]}")
+    halvings = PATCHES[cfg.patch]                # D's last two convolutions need 3 x 3 units
+    if "GAN" in cfg.loss and halvings and min(h, w) < 3 * 2 ** halvings:
+        raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times; --size {h} {w} "
+                        f"is too small, {3 * 2 ** halvings} would do")
     return replace(cfg, levels=cfg.levels or deepest)
 
 

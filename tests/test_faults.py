@@ -823,6 +823,7 @@ LINES = {
 PART = {"{train} --betas nan 0.9": ("lab2pix", "pix2pix", "pix2pixhd"),
         "{train} --betas 0.5": ("lab2pix", "pix2pix", "pix2pixhd"),
         "{train} --scorer-steps 0": ("lab2pix", "pix2pix", "pix2pixhd"),
+        "{train} --patch 142": ("pix2pix",), "{train} --patch 286": ("pix2pix",),
         "{train} --loss nonsense": WITH_PAIRS, "{train} --direction left": WITH_PAIRS,
         "{train} --lambda-l1 nan": ("pix2pix",), "{train} --lambda-vgg nan": ("pix2pixhd",),
         "{train} --lambda-2 nan": ("lab2pix",), "{train} --T inf": ("lab2pix",),
