@@ -83,7 +83,7 @@ def shell(line: str, **options) -> subprocess.CompletedProcess:
     path = os.pathsep.join((str(SCRIPTS), str(SCRIPTS / "tests")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment, timeout=120, **options)
+                          env=environment, **{"timeout": 120} | options)
 
 
 def torchrun(line: str, **options) -> subprocess.CompletedProcess:

@@ -40,7 +40,8 @@ LINES = {
     "crn_imle": f"{BASE} --size 32 32 --width 4 --layers conv1_1 --pool 4 --candidates 2 "
                 "--inner-steps 5 --vgg random --epochs {n} --steps {n}",
     "lab2pix": f"{BASE} --size 64 64 --width 2 --noise 4 --d-width 2 --vgg random --vgg-width 2 "
-               "--ups 4 --discriminator patch --T 1 --lambda-5 0 --epochs {n} --steps {n}",
+               "--ups 4 --discriminator patch --scales 1 --T 1 --no-dgnorm --lambda-5 0 "
+               "--epochs {n} --steps {n}",
     "pix2pix": f"{BASE} --size 32 32 --width 4 --patch 16 --epochs {{n}} --steps {{n}}",
     "pix2pixhd": f"{BASE} --size 64 64 --width 4 --downs 2 --blocks 1 --enhancer-blocks 1 "
                  "--scales 2 --d-width 4 --features 2 --e-width 2 --min-area 0 --loss GAN+FM "
