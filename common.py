@@ -1558,7 +1558,8 @@ class VGGFeatures(nn.Module):
         x = ((image + 1) / 2 - self.mean) / self.std if self.normalise else image
         features = {}
         for name, layer in self.trunk.named_children():
-            x = layer(x)
+            if min(x.shape[-2:]) > 1 or "pool" not in name:     # one pixel is not halved
+                x = layer(x)
             if name in self.wanted.values():
                 features[name] = x
         return {name: features[layer] for name, layer in self.wanted.items()}

@@ -167,12 +167,13 @@ class Config:
     form: str = "paper"              # (1 + gamma) BN + beta; eq5: as printed; v1code: see the table
     smooth: bool = False             # enlarge features bilinearly: ours, against stripes
     gain: float = 0.02               # of Xavier's initial weights, SPADE's; 0: N(0, 0.02), as V1
+    loud: bool = False               # labels are seen in G's first images: ours, for short V1 runs
     pg: bool = False                 # progressive generation: V1's three outputs        Sec. 4.1.1
     lsca: bool = False               # co-attention, in V1 only                          Sec. 3.1.3
     # The discriminators
     discriminator: str = "hpd"       # hierarchical and perceptual; or patch, SPADE's    Sec. 3.2.1
     d_width: int = 64                # channels after the first layer of D; released code
-    spectral: bool = True            # D: spectral norm, first layer unnormalised; released V2 alone
+    d_norm: str = "both"             # of D: instance (released V1), spectral, or both (V2)
     scales: int = 2                  # of D_3, D_2, D_1 the first so many                Sec. 5.2
     # The objective
     gan: str = "hinge"               # V2; vanilla in V1                                 Sec. 5.2
@@ -217,7 +218,7 @@ class Config:
 # Sec. 5.2, what each version changes; SKETCH is V1 for sketches.
 VERSIONS = {
     "V1": dict(version="V1", edges=False, ups=7, gain=0.0, pg=True, lsca=True, scales=3,
-               spectral=False, gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0,
+               d_norm="instance", gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0,
                lambda_5=0.0, lambda_6=0.0, epochs=100, batch_size=1, betas=(0.5, 0.999)),
     "V2": dict(version="V2"),
     "V2-H": dict(version="V2-H", size=(512, 1024), ups=7, scales=3, batch_size=8)}
@@ -236,9 +237,11 @@ PRESETS = {
     "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8,
                 gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4, batch_size=2, epochs=7,
                 scorer_width=16, scorer_steps=600),
-    "toy-V1": dict(version="V1", size=(128, 128), limit=100, width=16, ups=5, noise=32, d_width=8,
-                   gain=1.0, smooth=True, s_width=8, s_size=64, vgg="random", vgg_width=16,
-                   lr=4e-4, batch_size=2, epochs=9, scorer_width=16, scorer_steps=600),
+    # V1 besides, since S alone could not hold D back in so few steps: see speak_up.
+    "toy-V1": dict(version="V1", size=(64, 128), limit=100, width=8, ups=5, noise=32, d_width=8,
+                   gain=1.0, loud=True, smooth=True, d_norm="spectral", s_width=4, s_size=64,
+                   gan="hinge", lambda_4=0.03, ttur=True, lr=8e-4, betas=(0.0, 0.9), vgg="random",
+                   vgg_width=16, batch_size=2, epochs=12, scorer_width=16, scorer_steps=600),
 }
 # The rows of Tables 1 and 2, each with what it adds to the row above it.
 ROWS = {
@@ -255,7 +258,8 @@ ABLATIONS = {row: {k: v for above, changes in ROWS.items() if above[2] == row[2]
 CHOICES = {
     "version": tuple(VERSIONS), "task": ("labels", "sketch", "edges"),
     "direction": ("AtoB", "BtoA"), "first": ("noise", "label"), "form": ("paper", "eq5", "v1code"),
-    "discriminator": ("hpd", "patch"), "gan": ("vanilla", "hinge"), "precision": ("fp32", "bf16")}
+    "discriminator": ("hpd", "patch"), "d_norm": ("instance", "spectral", "both"),
+    "gan": ("vanilla", "hinge"), "precision": ("fp32", "bf16")}
 
 
 def configure(preset: str = "", ablation: str = "", **given) -> Config:
@@ -305,6 +309,7 @@ def check_config(cfg: Config) -> None:
         raise UserError(f"--betas {cfg.betas[0]} {cfg.betas[1]}: both must lie in [0, 1)")
     v1, patch = cfg.version == "V1", cfg.discriminator == "patch"
     for wrong, name, why in (
+            (cfg.loud and not v1, "loud", "V2 is told by the photo itself; it is for V1"),
             (not v1 and cfg.task != "labels", "task", f"{cfg.version} learns from label maps; "
              "sketches are for --version V1"),
             (not v1 and cfg.pg, "pg", "V2 has one output"),
@@ -327,9 +332,9 @@ def check_config(cfg: Config) -> None:
         raise UserError(f"--s-size {cfg.s_size}: must be a multiple of 32")
     h, w = cfg.size
     unit = max(2 ** cfg.ups, 32)                # the deepest verdict of each D_i is at 1/32 of X_3
-    least = 64 if patch or cfg.scales < 3 else 128      # VGG halves X_1, a quarter of X, five times
+    least = max(unit, 64)
     if h % unit or w % unit or min(h, w) < least:
-        near = [max(least, unit, round(side / unit) * unit) for side in (h, w)]
+        near = [max(least, round(side / unit) * unit) for side in (h, w)]
         raise UserError(f"--size {h} {w}: with {cfg.ups} doublings in G and these discriminators "
                         f"both must be multiples of {unit}, {least} or more; the nearest is --size "
                         f"{near[0]} {near[1]}")
@@ -622,10 +627,15 @@ class GeneratorV2(nn.Module):
 
 
 def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
-         spectral: bool = True) -> list[nn.Module]:
-    """Convolution, instance norm, LeakyReLU; with spectral norm in V2, and then without bias."""
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=not spectral)
-    return [spectral_norm(conv) if spectral else conv, instance_norm(c_out), nn.LeakyReLU(0.2)]
+         norm: str = "both") -> list[nn.Module]:
+    """Convolution, spectral norm on it, instance norm or both, LeakyReLU. With both, no bias.
+
+    Instance norm hides from D how bright and how colourful an image is, all that its convolution
+    finds being rescaled; in V2 the other losses see to that. Spectral norm alone (ours) does not.
+    """
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=norm != "both")
+    layers = [conv if norm == "instance" else spectral_norm(conv)]
+    return layers + [instance_norm(c_out)] * (norm != "spectral") + [nn.LeakyReLU(0.2)]
 
 
 class MiniInception(nn.Module):
@@ -634,12 +644,12 @@ class MiniInception(nn.Module):
     x (B, c, H, W)  ->  (B, c, H/2, W/2). A field of 5 pixels is made of two 3 x 3.
     """
 
-    def __init__(self, c: int, spectral: bool = True):
+    def __init__(self, c: int, norm: str = "both"):
         super().__init__()
-        self.pool = nn.Sequential(nn.AvgPool2d(2), *unit(c, c, 1, 1, spectral))
-        self.three = nn.Sequential(*unit(c, c, 1, 1, spectral), *unit(c, c, 3, 2, spectral))
-        self.five = nn.Sequential(*unit(c, c, 1, 1, spectral), *unit(c, c, 3, 1, spectral),
-                                  *unit(c, c, 3, 2, spectral))
+        self.pool = nn.Sequential(nn.AvgPool2d(2), *unit(c, c, 1, 1, norm))
+        self.three = nn.Sequential(*unit(c, c, 1, 1, norm), *unit(c, c, 3, 2, norm))
+        self.five = nn.Sequential(*unit(c, c, 1, 1, norm), *unit(c, c, 3, 1, norm),
+                                  *unit(c, c, 3, 2, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x) + self.three(x) + self.five(x)
@@ -656,22 +666,23 @@ class PerceptualDiscriminator(nn.Module):
     main branch only.
     """
 
-    def __init__(self, c_in: int, levels: int = 3, width: int = 64, spectral: bool = True,
+    def __init__(self, c_in: int, levels: int = 3, width: int = 64, norm: str = "both",
                  vgg_width: int = 64):
         super().__init__()
         c, taps = 8 * width, [vgg_width * f for f in (4, 8, 8)]
-        first = [nn.Conv2d(c_in, width, 3, 2, 1), nn.LeakyReLU(0.2)] if spectral else (
-            unit(c_in, width, 3, 2, spectral))
+        first = unit(c_in, width, 3, 2, norm) if norm == "instance" else (
+            [nn.Conv2d(c_in, width, 3, 2, 1), nn.LeakyReLU(0.2)])
         self.common = nn.ModuleList([nn.Sequential(*first)] + [
-            nn.Sequential(*unit(width * f, width * 2 * f, 3, 2, spectral)) for f in (1, 2)])
+            nn.Sequential(*unit(width * f, width * 2 * f, 3, 2, norm)) for f in (1, 2)])
         self.pre, self.join, self.out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        self.line = nn.ModuleList(MiniInception(c, spectral) for _ in range(levels - 1))
+        self.line = nn.ModuleList(MiniInception(c, norm) for _ in range(levels - 1))
         for level, c_tap in enumerate(taps[:levels]):
-            self.pre.append(nn.Sequential(*unit(c_tap, c_tap, 3, 1, True)) if spectral else
-                            nn.Sequential(instance_norm(c_tap), nn.LeakyReLU(0.2)))
+            self.pre.append(nn.Sequential(*(unit(c_tap, c_tap, 3, 1, norm) if norm != "instance"
+                                            else [instance_norm(c_tap), nn.LeakyReLU(0.2)])))
             c_main = 4 * width if level == 0 else c
-            self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, spectral)))
-            before = unit(c, c, 3, 1, True) if spectral else [instance_norm(c), nn.LeakyReLU(0.2)]
+            self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, norm)))
+            before = unit(c, c, 3, 1, norm) if norm != "instance" else (
+                [instance_norm(c), nn.LeakyReLU(0.2)])
             self.out.append(nn.Sequential(*before, nn.Conv2d(c, 1, 5, 1, 2)))
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> list[list[Tensor]]:
@@ -722,11 +733,11 @@ class Discriminators(nn.Module):
     """
 
     def __init__(self, c_in: int, scales: int = 3, width: int = 64, kind: str = "hpd",
-                 spectral: bool = True, vgg_width: int = 64):
+                 norm: str = "both", vgg_width: int = 64):
         super().__init__()
         self.scales = nn.ModuleList(
             PatchDiscriminator(c_in, width) if kind == "patch" else
-            PerceptualDiscriminator(c_in, 3 - k, width, spectral, vgg_width) for k in range(scales))
+            PerceptualDiscriminator(c_in, 3 - k, width, norm, vgg_width) for k in range(scales))
 
     def forward(self, images: list[Tensor], taps: list[list[Tensor]]) -> list:
         return [d(*both) for d, *both in zip(self.scales, images, taps)]
@@ -818,6 +829,26 @@ def initialise(net: nn.Module, gain: float = 0.02) -> None:
                 nn.init.normal_(parameter, 0.0, 0.02))
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+
+
+def speak_up(generator: nn.Module, segmenter: nn.Module | None) -> None:
+    """Initial weights with which G's first images show the label, pale on grey. Ours, for V1.
+
+    In V1 only S ties the image to the label, and S teaches nothing before it can tell where the
+    label is; with the usual weights z drowns it. So DG-Norm is louder, and z silent. S starts from
+    "nothing known": a random S sends G to random, glaring colours, and D never gets it back.
+    """
+    with torch.no_grad():
+        for module in generator.modules():
+            if isinstance(module, DGNorm):
+                module.shared.weight.mul_(10)
+                module.gamma_beta.weight.mul_(3)
+        if generator.fc is not None:
+            generator.fc.weight.zero_()
+        for head in generator.heads:
+            head.weight.mul_(0.1)
+        for s in segmenter.scales if segmenter is not None else ():
+            s.out.weight.zero_()
 
 
 # --------------------------------------------------------------------------------- 3 Losses
@@ -988,7 +1019,7 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
         generator = GeneratorV2(n, cfg.size, cfg.width, cfg.ups, cfg.noise, cfg.first, cfg.dgnorm,
                                 cfg.form, cfg.smooth)
     discriminator = Discriminators(3 if v1 else n + 3, cfg.scales, cfg.d_width, cfg.discriminator,
-                                   cfg.spectral, cfg.vgg_width)
+                                   cfg.d_norm, cfg.vgg_width)
     segmenter = None
     if cfg.lambda_4:                            # a sketch has two classes: ink and blank
         segmenter = Segmenters(2 if cfg.task != "labels" else n, 3 if cfg.pg else 1, cfg.s_width,
@@ -996,6 +1027,8 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
     for net in (generator, discriminator, segmenter):
         if net is not None:
             initialise(net, cfg.gain)
+    if cfg.loud:
+        speak_up(generator, segmenter)
     return generator, discriminator, segmenter
 
 
@@ -2184,11 +2217,12 @@ def parser() -> argparse.ArgumentParser:
     add("--form", choices=CHOICES["form"], help="of Eq. (5): see the table above (paper)")
     add("--smooth", action=choice, help="enlarge features bilinearly: ours, against stripes (no)")
     add("--gain", type=float, metavar="X", help="of Xavier's initial weights; 0: as in V1 (0.02)")
+    add("--loud", action=choice, help="labels are seen in G's first images: ours, for V1 (no)")
     add("--pg", action=choice, help="progressive generation, three outputs (V1)")
     add("--lsca", action=choice, help="spatial co-attention (V1)")
     add("--discriminator", choices=CHOICES["discriminator"], help="or SPADE's (hpd)")
     add("--d-width", type=int, metavar="N", help="channels of D after its first layer (64)")
-    add("--spectral", action=choice, help="D has spectral norm, as released V2's (yes; V1 no)")
+    add("--d-norm", choices=CHOICES["d_norm"], help="in D (both; V1 instance)")
     add("--scales", type=int, metavar="N", help="discriminators (2)")
     add("--gan", choices=CHOICES["gan"], help="adversarial loss; vanilla in V1 (hinge)")
     add("--T", type=float, metavar="X", help="foreground to background weight, 1: none (5.0)")

@@ -169,6 +169,13 @@ def refused_vgg(weights, *words, depth=19, layers=("relu5_1",)):
         VGGFeatures(layers, depth, str(weights))
 
 
+def test_vgg_of_images_too_small_to_be_halved_five_times():
+    """A plane of one pixel stays as it is."""
+    features = VGGFeatures(("relu5_3", "pool5"), 16, "random", width=2)(torch.rand(1, 3, 16, 40))
+    assert features["pool5"].shape == (1, 16, 1, 2)
+    assert torch.equal(features["pool5"], features["relu5_3"])
+
+
 def test_vgg_file_missing(tmp_path):
     refused_vgg(tmp_path / "gone.pth", "gone.pth", "no such file")
 

@@ -23,7 +23,7 @@ from lab2pix import Config, GeneratorV1, GeneratorV2, configure
 CPU = torch.device("cpu")
 TINY = dict(size=(64, 64), width=4, ups=4, noise=8, d_width=2, vgg="random", vgg_width=2,
             batch_size=2, classes="streets")
-TINY_V1 = TINY | dict(version="V1", size=(128, 128), ups=5, s_width=2, s_size=64)
+TINY_V1 = TINY | dict(version="V1", ups=5, s_width=2, s_size=64)
 
 
 def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
@@ -79,9 +79,9 @@ def test_parameters_of_v1(options, count, no_spectral_norm):
 
 def test_parameters_of_the_discriminators(no_spectral_norm):
     with torch.device("meta"):
-        for spectral, c_in, counts in ((False, 3, (27_942_019, 15_342_722, 2_743_425)),
-                                       (True, 39, (40_340_995, 23_026_690, 5_712_385))):
-            both = lab2pix.Discriminators(c_in, 3, spectral=spectral)
+        for norm, c_in, counts in (("instance", 3, (27_942_019, 15_342_722, 2_743_425)),
+                                   ("both", 39, (40_340_995, 23_026_690, 5_712_385))):
+            both = lab2pix.Discriminators(c_in, 3, norm=norm)
             assert tuple(numbers(d) for d in both.scales) == counts
         assert numbers(lab2pix.Discriminators(39, 2, kind="patch")) == 5_601_410
         assert numbers(lab2pix.Discriminators(39, 3, kind="patch")) == 8_402_115
@@ -110,6 +110,31 @@ def test_parameters_of_a_block(c_in, c_out, count, no_spectral_norm):
         assert numbers(lab2pix.GenResBlk(c_in, c_out, 36)) == count
 
 
+def test_what_each_norm_of_the_discriminator_cannot_see():
+    """Instance norm is blind to brightness and contrast; spectral norm alone is not."""
+    x = torch.rand(1, 3, 64, 64)
+    for norm, blind in (("instance", True), ("both", True), ("spectral", False)):
+        layer = nn.Sequential(*lab2pix.unit(3, 8, 3, 2, norm))
+        layer[0].padding = (0, 0)                # zeros around the image would stay as dark
+        assert torch.allclose(layer(x), layer(0.3 * x + 0.4), atol=0.02) == blind
+
+
+def test_loud_weights_show_the_label_in_the_first_images():
+    """Another label changes X more than another z does; with the usual weights it is reversed."""
+    m = F.one_hot(torch.randint(0, 12, (8, 8, 8)), 12).movedim(-1, 1).float()
+    m = m.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    ratio = {}
+    for loud in (False, True):
+        cfg = configure("toy", version="V1", classes="streets", loud=loud)
+        G, _, S = lab2pix.networks(cfg)
+        z = torch.randn(8, cfg.noise)
+        with torch.no_grad():
+            of_z, of_label = G(z, m[:1].repeat(8, 1, 1, 1))[0], G(z[:1].repeat(8, 1), m)[0]
+        ratio[loud] = (of_label.std(0).mean() / of_z.std(0).mean()).item()
+        assert all((s.out.weight == 0).all() == loud for s in S.scales)
+    assert ratio[False] < 1 < ratio[True]
+
+
 def test_sizes_of_the_three_images_and_of_all_verdicts(no_spectral_norm):
     """Sec. 3.3 and 3.4 of the fact sheet, at 256 x 512, without computing anything."""
     with torch.device("meta"):
@@ -119,7 +144,7 @@ def test_sizes_of_the_three_images_and_of_all_verdicts(no_spectral_norm):
         assert [x.shape for x in GeneratorV2(35)(z, m)] == [(1, 3, 256, 512)]
         taps = [[torch.zeros(1, c, x.shape[2] >> k, x.shape[3] >> k)
                  for k, c in ((3, 256), (4, 512), (5, 512))] for x in images]
-        verdicts = lab2pix.Discriminators(3, spectral=False)(images, taps)
+        verdicts = lab2pix.Discriminators(3, norm="instance")(images, taps)
         found = [[tuple(level.shape[1:]) for level in levels] for levels, _ in verdicts]
         assert found == [[(1, 32, 64), (1, 16, 32), (1, 8, 16)], [(1, 16, 32), (1, 8, 16)],
                          [(1, 8, 16)]]
@@ -579,7 +604,7 @@ def frozen_bits(state: lab2pix.State) -> dict:
 
 def test_eq_20_step_v1_is_the_textbook_step():
     """D twice on the same images, once detached, each player's own backward pass: same weights."""
-    cfg = replace(configure("toy-V1"), **TINY_V1, lambda_3=1e-3, epochs=3)
+    cfg = replace(configure(version="V1"), **TINY_V1, lambda_3=1e-3, epochs=3, gain=1.0)
     batch = batch_of(cfg)
     state, other = (lab2pix.build(cfg, CPU) for _ in "12")
     state.epoch = other.epoch = 1                                         # lambda_2 = 1/2
@@ -747,7 +772,8 @@ def test_table_1_and_2_every_row_is_built_and_steps(row):
             3 if place >= "B" else 1, 3 if place >= "C" else 0, 3 if place >= "B" else 1)
         assert cfg.lambda_3 == (5e-6 if place >= "D" else 0)
         assert len(D) == (2 if row == "A_u" else 3)
-        assert cfg.lambda_4 == 10 and cfg.gan == "vanilla"
+        paper = configure(ablation=row)
+        assert paper.lambda_4 == 10 and paper.gan == "vanilla"
     else:
         assert len(D) == 2 and cfg.gan == "hinge" and cfg.lambda_5 == cfg.lambda_6 == 10
     losses = lab2pix.train_step(state, batch_of(cfg), cfg)

@@ -22,8 +22,7 @@ SCRIPT = SCRIPTS / "lab2pix.py"
 # Two steps an epoch (five images, batches of two): step 3 is in mid-epoch.
 TINY = ("--size 64 64 --width 2 --noise 4 --d-width 2 --vgg-width 2 --vgg random --limit 5 "
         "--batch-size 2 --epochs 2000 --save-every 3 --lr 0.0002 --gpu -1 --ups 4")
-TINY_V1 = TINY.replace("64 64", "128 128").replace("--ups 4", (
-    "--version V1 --ups 5 --s-width 2 --s-size 64"))
+TINY_V1 = TINY.replace("--ups 4", "--version V1 --ups 5 --s-width 2 --s-size 64")
 SMALL = dict(size=(64, 64), width=2, noise=4, d_width=2, vgg_width=2, vgg="random", ups=4,
              batch_size=2, classes="streets")
 
@@ -82,7 +81,8 @@ def test_a_checkpoint_is_plain_and_carries_its_config(run):
 @pytest.mark.parametrize("extra", [
     TINY + " --first label --form eq5 --no-edges --released-losses --ttur --no-decay",
     TINY + " --ablation A_s --jitter --no-mirror", TINY + " --precision bf16 --channels-last",
-    TINY_V1 + " --smooth --spectral", TINY_V1 + " --task edges --form v1code --no-dgnorm",
+    TINY_V1 + " --smooth --d-norm spectral --loud",
+    TINY_V1 + " --task edges --form v1code --no-dgnorm",
     TINY_V1 + " --ablation A_u"])
 def test_every_setting_trains_and_samples(extra):
     """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
@@ -351,7 +351,7 @@ def test_released_discriminators_load(capsys):
         assert_same(dict(lab2pix.build(other, torch.device("cpu")).discriminator.state_dict()),
                     dict(D.state_dict()))
     cfg = dataclasses.replace(lab2pix.configure("toy-V1"), **SMALL | dict(
-        size=(128, 128), ups=5, s_width=2, s_size=64), seed=1)
+        ups=5, s_width=2, s_size=64), seed=1)
     D = lab2pix.build(cfg, torch.device("cpu")).discriminator
     files = []
     for k, name in enumerate(("D1", "D2", "D3")):          # theirs: D1 sees the largest image
@@ -564,7 +564,7 @@ WORKER = """
 import sys, torch, lab2pix
 from dataclasses import replace
 images = torch.load("images.pt")
-for version, extra in (("V1", dict(size=(128, 128), ups=5, s_width=2, s_size=64)), ("V2", {})):
+for version, extra in (("V1", dict(ups=5, s_width=2, s_size=64)), ("V2", {})):
     small = dict(size=(64, 64), width=2, noise=4, d_width=2, vgg_width=2, vgg="random", ups=4)
     cfg = replace(lab2pix.configure("toy", version=version), **small | extra, classes="streets",
                   gpu=-1, seed=5)
