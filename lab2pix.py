@@ -235,8 +235,8 @@ PRESETS = {
     "V2-H-cityscapes": dict(version="V2-H"),
     # Ours, for the streets on a laptop's CPU: narrow networks, so Adam's steps may be larger.
     "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8,
-                gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4, batch_size=2, epochs=7,
-                scorer_width=16, scorer_steps=600),
+                d_norm="spectral", gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4,
+                batch_size=2, epochs=7, scorer_width=16, scorer_steps=600),
     # V1 besides, since S alone could not hold D back in so few steps: see speak_up.
     "toy-V1": dict(version="V1", size=(64, 128), limit=100, width=8, ups=5, noise=32, d_width=8,
                    gain=1.0, loud=True, smooth=True, d_norm="spectral", s_width=4, s_size=64,

@@ -344,14 +344,15 @@ def test_released_discriminators_load(capsys):
              (r"layers\.0\.0", "model0.0"), (r"last", "model4.0")]
     vgg = {"backboneNet.slice1.0.weight": torch.zeros(1)}
     for names, extra in ((v2, {}), (patch, dict(discriminator="patch", T=1.0))):
-        cfg = dataclasses.replace(lab2pix.configure("toy"), **SMALL | extra, seed=1)
+        cfg = dataclasses.replace(lab2pix.configure("toy"), **SMALL | extra, seed=1,
+                                  d_norm="both")
         D = lab2pix.build(cfg, torch.device("cpu")).discriminator
         torch.save(theirs(D.state_dict(), names) | (vgg if not extra else {}), "net_D.pth")
         other = dataclasses.replace(cfg, seed=2, init=("net_D.pth",))
         assert_same(dict(lab2pix.build(other, torch.device("cpu")).discriminator.state_dict()),
                     dict(D.state_dict()))
-    cfg = dataclasses.replace(lab2pix.configure("toy-V1"), **SMALL | dict(
-        ups=5, s_width=2, s_size=64), seed=1)
+    cfg = dataclasses.replace(lab2pix.configure("toy-V1"), **SMALL | dict(ups=5), seed=1,
+                              d_norm="instance")
     D = lab2pix.build(cfg, torch.device("cpu")).discriminator
     files = []
     for k, name in enumerate(("D1", "D2", "D3")):          # theirs: D1 sees the largest image
