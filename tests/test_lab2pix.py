@@ -665,7 +665,7 @@ def test_eq_20_step_v1_is_the_textbook_step():
 
 def test_eq_31_step_v2_is_the_textbook_step():
     """G's objective and D's, from separate passes over real, generated and blurred photos."""
-    cfg = replace(configure("toy"), **TINY)
+    cfg = replace(configure("toy"), **TINY, d_norm="both")
     batch = batch_of(cfg)
     state, other = (lab2pix.build(cfg, CPU) for _ in "12")
     # Spectral norm's vectors move with every pass in training; eval keeps both sides comparable.
@@ -821,7 +821,8 @@ def test_learning_rates_and_ramp():
 
 def test_one_batch_can_be_overfitted():
     """V2: in 20 steps on two photos the perceptual loss falls by half."""
-    cfg = replace(configure("toy"), **TINY | dict(lr=2e-3, width=8, d_width=4, gain=1.0))
+    cfg = replace(configure("toy"), **TINY | dict(lr=2e-3, width=8, d_width=4, gain=1.0),
+                  d_norm="both")
     data = common.Dataset("", "train", cfg.size, limit=2)
     batch = lab2pix.make_pair(torch.utils.data.default_collate([data[0], data[1]]), cfg)
     state = lab2pix.build(cfg, CPU)
