@@ -376,12 +376,13 @@ class SketchEncoder(nn.Module):
 
 
 class GlobalEncoder(nn.Module):
-    """Eq. (2): H = E_global(M), what no single pixel knows: shapes and positions (Sec. 3.1.2).
+    """Eq. (2): H = E_global(M), what no single pixel knows: shapes around it (Sec. 3.1.2).
 
     M (B, N, H, W)  ->  `heads` maps (B, 2 width, h 2^j, w 2^j), one for each size of block. With
     `smooth` (ours) they are enlarged after the convolution, bilinearly.
 
     "Only one final result": one small map, enlarged. The convolution in between is the release's.
+    "Global" is wide, not whole: with 7 convolutions a cell sees 129 x 129 pixels of the map.
     """
 
     def __init__(self, n: int, width: int = 64, downs: int = 7, heads: int = 7,

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -61,17 +62,31 @@ def test_as_committed_it_was_executed_in_order_and_is_small(path):
     assert "/tmp/" not in json.dumps(notebook) and "/home/" not in json.dumps(notebook)
 
 
-@pytest.mark.notebooks
-@each_notebook
-def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, monkeypatch):
+def execute(path) -> nbformat.NotebookNode:
     notebook = read(path)
     assert answered(notebook) >= 4
-    monkeypatch.delenv("MPLBACKEND")            # figures belong into the notebook
-    before = set((SCRIPTS / "notebooks").rglob("*"))
     NotebookClient(notebook, timeout=900, kernel_name="python3",
                    resources={"metadata": {"path": str(path.parent)}}).execute()
-    said = texts(notebook)
-    assert "not filled in yet" not in said
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def executed(request):
+    """Notebooks in execution, two at a time with one thread each: {path: its future}."""
+    paths = [item.callspec.params["path"] for item in request.session.items
+             if item.originalname == "test_it_runs_from_a_fresh_kernel_and_the_answers_are_right"]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.delenv("MPLBACKEND")              # figures belong into the notebook
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield {path: pool.submit(execute, path) for path in paths}
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, executed):
+    before = set((SCRIPTS / "notebooks").rglob("*"))
+    notebook = executed[path].result()
+    assert "not filled in yet" not in texts(notebook)
     assert not [o for cell in notebook.cells for o in cell.get("outputs", [])
                 if o.get("name") == "stderr"]
     assert set((SCRIPTS / "notebooks").rglob("*")) == before
