@@ -1506,7 +1506,8 @@ def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; {cure}")
+        raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; "
+                        f"{cure}")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch checks no sums
             raise ValueError("wrong checksum")
