@@ -146,7 +146,8 @@ def test_a_finished_run_says_so(run, capsys):
 
 def test_init_starts_anew_from_the_weights(run):
     """Fine-tuning: G and D as in the file, Adam and the counters from nothing."""
-    cfg = dataclasses.replace(Config(), **SMALL, d_norm="spectral", init=(str(run / "checkpoint.pt"),))
+    cfg = dataclasses.replace(Config(), **SMALL, d_norm="spectral",
+                              init=(str(run / "checkpoint.pt"),))
     state = lab2pix.build(cfg, torch.device("cpu"))
     assert_same(dict(state.generator.state_dict()), dict(stored(run)["generator"]))
     assert_same(dict(state.discriminator.state_dict()), dict(stored(run)["discriminator"]))
