@@ -241,7 +241,7 @@ PRESETS = {
     "toy-V1": dict(version="V1", size=(64, 128), limit=100, width=8, ups=5, noise=32, d_width=8,
                    gain=1.0, loud=True, smooth=True, d_norm="spectral", s_width=4, s_size=64,
                    gan="hinge", lambda_4=0.03, ttur=True, lr=8e-4, betas=(0.0, 0.9), vgg="random",
-                   vgg_width=16, batch_size=2, epochs=8, scorer_width=16, scorer_steps=600),
+                   vgg_width=16, batch_size=2, epochs=10, scorer_width=16, scorer_steps=600),
 }
 # The rows of Tables 1 and 2, each with what it adds to the row above it.
 ROWS = {
