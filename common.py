@@ -1465,6 +1465,12 @@ def vgg_trunk(depth: int, width: int = 64, last: str = "pool5", average_pool: bo
     return layers[: [name for name, _ in layers.named_children()].index(last) + 1]
 
 
+def vgg_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of the trunk on x; a plane that is one pixel high or wide is not halved again."""
+    pool = isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d))
+    return x if pool and min(x.shape[-2:]) == 1 else layer(x)
+
+
 def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
     """Fill a trunk: "imagenet" (torchvision's download), "random" (seeded), or a file.
 
@@ -1559,8 +1565,7 @@ class VGGFeatures(nn.Module):
         x = ((image + 1) / 2 - self.mean) / self.std if self.normalise else image
         features = {}
         for name, layer in self.trunk.named_children():
-            if min(x.shape[-2:]) > 1 or "pool" not in name:     # one pixel is not halved
-                x = layer(x)
+            x = vgg_layer(layer, x)
             if name in self.wanted.values():
                 features[name] = x
         return {name: features[layer] for name, layer in self.wanted.items()}
@@ -1595,7 +1600,7 @@ class FCN8s(nn.Module):
                      for v in (IMAGENET_MEAN, IMAGENET_STD))
         x, pools = ((image + 1) / 2 - mean) / std, {}
         for name, layer in self.trunk.named_children():
-            x = layer(x) if x.shape[-1] > 1 and x.shape[-2] > 1 or "pool" not in name else x
+            x = vgg_layer(layer, x)
             pools[name] = x
         scores = self.score["fc"](self.fc(x))                                 # stride 32
         for name in ("pool4", "pool3"):                                       # strides 16, 8

@@ -94,7 +94,7 @@ Paper                             | Released code                     | Here
       (29): mean over layers      |   mean over D_i                   |
     lr 2e-4 for all               | V2: G 1e-4, D 4e-4                | paper; --ttur
     lambda_2 rises from 0 to 1    | V1: off unless asked              | rises
-    norms of D not stated         | V1 instance norm; V2 with         | as released
+    norms of D not stated         | V1 instance norm; V2 with         | as released; --d-norm
                                   |   spectral norm besides           |
     V2's input: the label         | and the instances' edges          | with them; --no-edges
     a sketch's encoder not shown  | V1: five 3 x 3 after a 5 x 5      | as released
@@ -237,7 +237,7 @@ PRESETS = {
     "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8,
                 d_norm="spectral", gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4,
                 batch_size=2, epochs=7, scorer_width=16, scorer_steps=600),
-    # V1 besides, since S alone could not hold D back in so few steps: see speak_up.
+    # With so few steps V1 needs more help: see speak_up and unit.
     "toy-V1": dict(version="V1", size=(64, 128), limit=100, width=8, ups=5, noise=32, d_width=8,
                    gain=1.0, loud=True, smooth=True, d_norm="spectral", s_width=4, s_size=64,
                    gan="hinge", lambda_4=0.03, ttur=True, lr=8e-4, betas=(0.0, 0.9), vgg="random",
@@ -675,16 +675,18 @@ class PerceptualDiscriminator(nn.Module):
             [nn.Conv2d(c_in, width, 3, 2, 1), nn.LeakyReLU(0.2)])
         self.common = nn.ModuleList([nn.Sequential(*first)] + [
             nn.Sequential(*unit(width * f, width * 2 * f, 3, 2, norm)) for f in (1, 2)])
+
+        def settle(c: int) -> list[nn.Module]:      # released V1: without a convolution
+            return unit(c, c, 3, 1, norm) if norm != "instance" else (
+                [instance_norm(c), nn.LeakyReLU(0.2)])
+
         self.pre, self.join, self.out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.line = nn.ModuleList(MiniInception(c, norm) for _ in range(levels - 1))
         for level, c_tap in enumerate(taps[:levels]):
-            self.pre.append(nn.Sequential(*(unit(c_tap, c_tap, 3, 1, norm) if norm != "instance"
-                                            else [instance_norm(c_tap), nn.LeakyReLU(0.2)])))
+            self.pre.append(nn.Sequential(*settle(c_tap)))
             c_main = 4 * width if level == 0 else c
             self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, norm)))
-            before = unit(c, c, 3, 1, norm) if norm != "instance" else (
-                [instance_norm(c), nn.LeakyReLU(0.2)])
-            self.out.append(nn.Sequential(*before, nn.Conv2d(c, 1, 5, 1, 2)))
+            self.out.append(nn.Sequential(*settle(c), nn.Conv2d(c, 1, 5, 1, 2)))
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> list[list[Tensor]]:
         levels, features = [], []
