@@ -522,7 +522,7 @@ def resize_label(m: Tensor, size: tuple[int, int], form: str = "paper") -> Tenso
         return F.adaptive_avg_pool2d(m, size)
     if form == "v1code":
         ids = F.adaptive_max_pool2d(m.argmax(1, keepdim=True).float(), size)[:, 0].long()
-        return F.one_hot(ids, m.shape[1]).movedim(-1, 1).to(m.dtype)
+        return F.one_hot(ids, m.shape[1]).movedim(-1, 1).to(m.dtype).contiguous()
     return F.interpolate(m, size, mode="nearest")
 
 

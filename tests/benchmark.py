@@ -102,8 +102,8 @@ def configure(name: str, options: argparse.Namespace):
         colours=streets.colours + ((0, 0, 0),) * len(empty))
     if "released_losses" in given:              # the releases' hidden layers have 128 at any width
         block, globe = script.GenResBlk, script.GlobalEncoder
-        script.GenResBlk = lambda c_in, c_out, n, _, form: block(c_in, c_out, n, 128, form)
-        script.GlobalEncoder = lambda n, _, downs, heads: globe(n, 64, downs, heads)
+        script.GenResBlk = lambda c_in, c_out, n, _, *rest: block(c_in, c_out, n, 128, *rest)
+        script.GlobalEncoder = lambda n, _, *rest: globe(n, 64, *rest)
     return script, replace(cfg, classes="streets")
 
 
