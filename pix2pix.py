@@ -51,6 +51,8 @@ Paper                             | Released code                     | Here
     sigmoid, then log             | PyTorch: logits                   | logits, without overflow
     the last layer of G is "a     | transposed, stride 2              | transposed: 8 halvings, 8
       convolution"                |                                   |   doublings
+    grid of young transposed      | the same                          | the same; --smooth, ours, in
+      convolutions                |                                   |   toy, averages it away
     gains of BatchNorm not stated | N(1, 0.02)                        | N(1, 0.02)
     biases not stated             | Lua zeroes them, PyTorch has none | none before a norm, e1, e8
     jitter's filter not stated    | Lua bilinear, PyTorch bicubic     | bicubic; ids by nearest
@@ -111,6 +113,7 @@ class Config:
     width: int = 64                  # channels after the first layer of G and of D      Sec. 6.1
     levels: int = 0                  # halvings in G, 8 at 256; 0: all that size allows, up to 8
     bottleneck_norm: bool = False    # BatchNorm on the innermost map, as in the paper's runs, 6.3
+    smooth: bool = False             # ours: average away a transposed convolution's grid
     first_dropout: int = 1           # dropout from this decoder block on, in three; 2 in PyTorch
     patch: int = 70                  # D's field, pixels: 1, 16, 34, 70, 142 or 286      Sec. 6.1.2
     # The objective
@@ -160,8 +163,8 @@ PRESETS = {
     # Ours, for the streets on a laptop's CPU. Adam moves each weight by about lr, however few there
     # are: a net of a quarter of the width needs a larger one to change its output as fast. The
     # decay then calms it within the few epochs that there are.
-    "toy": dict(size=(128, 128), width=16, levels=5, epochs=8, lr=2e-3, decay=True, vgg="random",
-                scorer_width=16, scorer_steps=600),
+    "toy": dict(size=(128, 128), width=16, levels=5, epochs=8, lr=2e-3, decay=True, smooth=True,
+                vgg="random", scorer_width=16, scorer_steps=600),
 }
 PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: its halvings
 CHOICES = {
@@ -258,9 +261,11 @@ class Up(nn.Module):
     """Decoder block: ReLU, transposed convolution, BatchNorm, dropout; doubles H and W.
 
     The dropout is the noise z, and the only one: given a noise vector, G learned to ignore it
-    (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode).
+    (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode). `smooth`, ours,
+    takes the mean of each 2 x 2 window: what the kernel repeats every two pixels, as a young one
+    does, is gone, and some sharpness with it.
     """
-    deterministic = False
+    deterministic = smooth = False
 
     def __init__(self, c_in: int, c_out: int, dropout: bool = False, last: bool = False):
         super().__init__()
@@ -269,7 +274,10 @@ class Up(nn.Module):
         self.norm = nn.Identity() if last else BatchNorm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(F.relu(x)))
+        x = self.conv(F.relu(x))
+        if self.smooth:
+            x = F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
+        x = self.norm(x)
         return F.dropout(x, 0.5, training=True) if self.dropout and not self.deterministic else x
 
 
@@ -409,6 +417,8 @@ def networks(cfg: Config) -> tuple[Generator, PatchDiscriminator | None]:
     levels = cfg.levels or fit_levels(cfg).levels
     generator = Generator(c_x, c_y, cfg.width, levels, cfg.generator == "unet",
                           cfg.bottleneck_norm, cfg.first_dropout)
+    for block in generator.decoder:
+        block.smooth = cfg.smooth
     if cfg.loss == "L1":
         return generator, None
     return generator, PatchDiscriminator(c_x, c_y, cfg.width, cfg.patch, "cGAN" in cfg.loss)
@@ -1271,6 +1281,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, metavar="N", help="channels after the first layer (64)")
     add("--levels", type=int, metavar="N", help="halvings in G (0: as the size allows, up to 8)")
     add("--bottleneck-norm", action="store_true", help="BatchNorm on the innermost map (Sec. 6.3)")
+    add("--smooth", action=argparse.BooleanOptionalAction, help="average away the grid in G; ours")
     add("--first-dropout", type=int, choices=(1, 2), help="first of three blocks with dropout (1)")
     add("--patch", type=int, choices=PATCHES, help="receptive field of D, pixels; Table 3 (70)")
     add("--loss", choices=CHOICES["loss"], help="Table 1 (L1+cGAN)")

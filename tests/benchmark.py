@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,9 +137,9 @@ def work_of(name: str, script, cfg, device: torch.device):
 # -------------------------------------------------------------------------------------- seconds
 
 def alone(function, *arguments):
-    """function(*arguments) in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    """function(*arguments) in a fresh process, which may start others to read data."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def seconds_of(work, device: torch.device, repeats: int) -> tuple[float, float]:
@@ -213,9 +214,10 @@ def steps_table(names: list[str], options: argparse.Namespace) -> None:
 
 # ----------------------------------------------------------------------------------------- data
 
-def loader_speed(data: str, size: tuple[int, int], workers: int, n: int = 48) -> list[float]:
+def loader_speed(data: str, size: tuple[int, int], workers: int) -> list[float]:
     """Images per second after the first: of the first pass, and of the next."""
     torch.set_num_threads(1)
+    n = 48 if size[0] < 1024 else 12
     train_set, speeds = common.Dataset(data, "train", size, mirror=True), []
     order = [i % len(train_set) for i in range(n)]
     for _ in range(2):
@@ -247,7 +249,7 @@ def data_tables(options: argparse.Namespace) -> None:
     print("\nThe loader: images per second, first pass and next (streets, once drawn, are kept).")
     line("data", "size", *(word for n in (0, 1, 2) for word in (f"{n} workers", "next")))
     for name, data in sources.items():
-        for size in ((128, 256), (256, 512), (1024, 2048)):
+        for size in ((128, 256), (256, 512), (1024, 2048))[:3 if data else 2]:
             speeds = [alone(loader_speed, data, size, workers) for workers in (0, 1, 2)]
             line(name, "{}x{}".format(*size), *(speed for some in speeds for speed in some))
     print("\nTraining by the toy presets: images per second, and the share of time spent waiting.")

@@ -103,7 +103,7 @@ def test_l1_alone_has_no_discriminator():
 @pytest.mark.parametrize("extra", [
     "--task photo2labels", "--task colorization", "--task inpainting", "--one-hot", "--loss GAN",
     "--generator encoder-decoder --bottleneck-norm --first-dropout 2", "--decay --no-jitter",
-    "--no-mirror --levels 3 --lambda-l1 10", "--precision bf16 --channels-last"])
+    "--no-mirror --levels 3 --lambda-l1 10 --smooth", "--precision bf16 --channels-last"])
 def test_every_setting_trains_and_samples(extra):
     """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
     call(f"{TINY} --steps 2 --out r {extra}")

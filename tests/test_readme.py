@@ -1,0 +1,169 @@
+"""The README: every command in it runs, its numbers stand in a notebook, its files exist."""
+
+import functools
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import SCRIPTS, label_map, picture, shell
+from PIL import Image
+
+import common
+import test_crn_imle_contract
+import test_lab2pix_contract
+import test_pix2pix_contract
+import test_pix2pixhd_contract
+
+TEXT = (SCRIPTS / "README.md").read_text()
+# The command lines of the blocks, and those of the table of default runs.
+COMMANDS = [line.split(" #")[0].strip() for line in re.findall(
+    r"^(?:    |\| `)((?:pip|python|torchrun) [^`\n]*)", TEXT, re.MULTILINE)]
+# The least training: appended to the README's own flags, of which argparse takes the last. The
+# paper's networks and losses are not at stake here.
+TINY = {
+    "pix2pix": f"{test_pix2pix_contract.TINY} --steps 2",
+    "pix2pixhd": f"{test_pix2pixhd_contract.TINY} --size 128 256",     # that of the scene to edit
+    "crn_imle": f"{test_crn_imle_contract.TINY} --size 64 64 --outputs 3 --steps 2 --vgg random",
+    "lab2pix": f"{test_lab2pix_contract.TINY} --steps 2"}
+V1 = f"{test_lab2pix_contract.TINY_V1} --steps 2"
+SCORER = "--limit 2 --vgg random --scorer-width 2 --scorer-steps 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_each_street_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "street", functools.lru_cache(None)(common.street))
+        yield
+
+
+def small_cityscapes(root: Path) -> None:
+    """DIR: five photos to train on and two to test, with labels and instances."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 5), ("val", 2)):
+        for i in range(n):
+            ids = np.kron(rng.choice([7, 8, 11, 21, 23, 24, 26], (4, 4)), np.ones((16, 16), int))
+            for name, image in (
+                    (f"leftImg8bit/{split}/a/a_{i}_leftImg8bit.png",
+                     rng.integers(0, 256, (64, 64, 3), np.uint8)),
+                    (f"gtFine/{split}/a/a_{i}_gtFine_labelIds.png", ids.astype(np.uint8)),
+                    (f"gtFine/{split}/a/a_{i}_gtFine_instanceIds.png",
+                     np.where(ids > 23, 1000 * ids, ids).astype(np.uint16))):
+                path = root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+
+
+def commands_of(name: str) -> list[str]:
+    """The arguments of the README's commands for a script, in their order."""
+    return [c.split(f"python {name}.py", 1)[1] for c in COMMANDS if f"python {name}.py" in c]
+
+
+def filled_in(name: str, words: str) -> str:
+    """With a real folder or file where the README has DIR or FILE, and little to do."""
+    modes = next(a.choices for a in importlib.import_module(name).parser()._actions
+                 if a.dest == "mode")
+    mode = next((m for m in modes if words.split()[:1] == [m]), "train")
+    if "--images" in words:
+        return words.replace("DIR", "theirs") + " --limit 2"
+    words = words.replace("DIR", "data").replace("FILE", "g/checkpoint.pt")
+    if mode == "train" and "--resume" not in words:
+        tiny = TINY[name]
+        if "V1" in words or "C_u" in words:
+            tiny = V1
+        if "--ablation" in words:               # the row has its own version
+            tiny = tiny.replace("--version V1", "")
+        return f"{words} {tiny}"
+    if mode == "evaluate":
+        return f"{words} " + ("--limit 2" if name == "crn_imle" else SCORER)
+    return words + (" --steps 4" if "--resume" in words else "")
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_command_of_a_script_runs(name, capsys):
+    """In the README's order, in one folder, as somebody would who types them all."""
+    script = importlib.import_module(name)
+    small_cityscapes(Path("data"))
+    label_map(Path("a.png"))
+    commands = commands_of(name)
+    assert len(commands) > 2
+    for words in commands:
+        if "--stage" in words:                  # the other run that it starts from
+            script.main(f"--stage global --out g {TINY[name]}".split())
+        if "--images" in words:                 # photos of another model
+            for i in range(2):
+                for k in (1, 2, 3):
+                    picture(Path(f"theirs/street_{1000000 + i}_{k}.png"), 64, 64, k)
+        line = filled_in(name, words)
+        if "--init runs/crn_imle-1" in line:    # the newest run: the one of the line before
+            line = line.replace("crn_imle-1", script.newest_run().name)
+        script.main(line.split())
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_commands_for_several_processes_run():
+    """torchrun on one machine; on two, here two launchers side by side, one machine each."""
+    one, two = (c.split("torchrun ")[1] for c in COMMANDS if c.startswith("torchrun"))
+    assert "--nnodes" not in one and "--nnodes=2" in two
+    small_cityscapes(Path("data"))
+    launch = f"{sys.executable} -m torch.distributed.run --master_port "
+    end = f" {TINY['pix2pix']} --workers 0"
+    words = [w.replace("DIR", "data").replace("=4", "=1").replace("FIRST", "127.0.0.1")
+             .replace("pix2pix.py", f"{SCRIPTS}/pix2pix.py") + end for w in (one, two)]
+    assert shell(f"-m torch.distributed.run {words[0]}").returncode == 0
+    nodes = [subprocess.Popen(f"{launch} 29871 {words[1]}".replace("rank=0", f"rank={k}").split(),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for k in (0, 1)]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert {p.name for p in Path("runs").iterdir()} == {"pix2pix-1", "pix2pix-2"}    # rank 0 alone
+
+
+def test_the_other_commands():
+    """The tools for one small case; installing and testing is what CI does with these lines."""
+    others = [c for c in COMMANDS if "tests/" in c]
+    assert len(others) == 2 and all((SCRIPTS / c.split()[1]).exists() for c in others)
+    bench = SCRIPTS / "tests" / "benchmark.py"
+    assert "pix2pix-toy" in shell(f"{bench} --list").stdout
+    result = shell(f"{bench} pix2pix-toy --repeats 1 --threads 1 --gpu -1")
+    assert result.returncode == 0 and re.search(r"pix2pix-toy +128x128 ", result.stdout), result
+    program = ("import benchmark; from types import SimpleNamespace as S; options = S(gpu=-1, "
+               "precision='fp32', channels_last=False); [script.networks(cfg) for script, cfg in "
+               "(benchmark.configure(name, options) for name in ('pix2pixhd-joint', "
+               "'crn_imle-search', 'lab2pix-v2'))]")
+    result = subprocess.run([sys.executable, "-c", program], cwd=bench.parent, text=True,
+                            capture_output=True)
+    assert result.returncode == 0, result.stderr           # those with changes to a script
+    installs = [c for c in COMMANDS if c.startswith("pip")]
+    assert len(installs) == 2 and installs[1].endswith("python -m pytest")
+    assert "python -m pytest" in (SCRIPTS / ".ci" / "run").read_text()
+
+
+def test_files_that_it_names_exist_and_it_is_short():
+    assert len(TEXT.splitlines()) <= 150
+    for name in re.findall(r"\b[\w/]+\.py\b|\w+/\w+\.jpg|requirements\.txt", TEXT):
+        assert (SCRIPTS / name).exists(), name
+    notebooks = re.findall(r"\| `(\d_\w+)`", TEXT)
+    assert {f"{n}.ipynb" for n in notebooks} == {p.name for p in
+                                                (SCRIPTS / "notebooks").glob("*.ipynb")}
+
+
+def test_our_numbers_stand_in_the_notebooks():
+    """Each number of the column "here" of the table of results, as a notebook's tables have it."""
+    table = TEXT.split("| table: rows, measure |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 8
+    for line in table:
+        what, here = (cell.strip() for cell in line.strip("|").split("|")[:2])
+        path, = (SCRIPTS / "notebooks").glob(f"?_{'crn_' if 'IMLE' in what else ''}"
+                                             f"{what.split()[0].lower()}.ipynb")
+        tables = "\n".join(o["data"]["text/markdown"] for cell in nbformat.read(path, 4).cells
+                           for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {}))
+        numbers = [float(x) for x in re.findall(r"\d+\.\d+", tables)]
+        for word in here.split():
+            digits = len(word.partition(".")[2])
+            near = 0.5 * 10 ** -digits + 1e-9   # rounding
+            assert any(abs(x - float(word)) <= near for x in numbers), (what, word)
