@@ -261,9 +261,9 @@ class Up(nn.Module):
     """Decoder block: ReLU, transposed convolution, BatchNorm, dropout; doubles H and W.
 
     The dropout is the noise z, and the only one: given a noise vector, G learned to ignore it
-    (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode). `smooth`, ours,
-    takes the mean of each 2 x 2 window: what the kernel repeats every two pixels, as a young one
-    does, is gone, and some sharpness with it.
+    (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode).
+    `smooth`, ours, takes the mean of each 2 x 2 window: the grid of period two that a kernel paints
+    early in training is gone, and some sharpness with it.
     """
     deterministic = smooth = False
 

@@ -101,14 +101,6 @@ def test_help_ends_with_three_commands_that_parse(name, capsys):
         script.parser().parse_args(re.split(r"   ", command)[0].split())
 
 
-def test_every_command_of_the_readme_parses():
-    commands = re.findall(r"^    .*?\b(\w+)\.py\b(.*)$", (SCRIPTS / "README.md").read_text(),
-                          re.MULTILINE)
-    assert {name for name, _ in commands} >= set(NAMES)
-    for name, words in commands:
-        importlib.import_module(name).parser().parse_args(words.split("#")[0].split())
-
-
 def tiny(name: str) -> str:
     """The flags of the least training that the script's own tests use."""
     tests = importlib.import_module(f"test_{name}_contract")
