@@ -159,7 +159,7 @@ def test_our_numbers_stand_in_the_notebooks():
     for line in table:
         what, here = (cell.strip() for cell in line.strip("|").split("|")[:2])
         path, = (SCRIPTS / "notebooks").glob(f"?_{'crn_' if 'IMLE' in what else ''}"
-                                             f"{what.split()[0].lower()}.ipynb")
+                                             f"{what.split()[0].strip(':').lower()}.ipynb")
         tables = "\n".join(o["data"]["text/markdown"] for cell in nbformat.read(path, 4).cells
                            for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {}))
         numbers = [float(x) for x in re.findall(r"\d+\.\d+", tables)]
