@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import os
 import pkgutil
 import re
@@ -45,6 +46,14 @@ def keep_process_clean(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def draw_each_street_once():
+    """Each call opens the streets anew, and drawing them is what takes longest in tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "street", functools.lru_cache(None)(common.street))
+        yield
+
+
 @contextlib.contextmanager
 def refused(*words):
     """A UserError of one line that contains all words."""
@@ -86,13 +95,16 @@ def shell(line: str, **options) -> subprocess.CompletedProcess:
                           env=environment, **{"timeout": 120} | options)
 
 
-def torchrun(line: str, **options) -> subprocess.CompletedProcess:
-    """Two processes, on a port that nobody uses."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return shell(f"-m torch.distributed.run --nproc_per_node=2 --master_port {port} {line}",
-                 **options)
+        return s.getsockname()[1]
+
+
+def torchrun(line: str, **options) -> subprocess.CompletedProcess:
+    """Two processes, on a port that nobody uses."""
+    return shell("-m torch.distributed.run --nproc_per_node=2 "
+                 f"--master_port {free_port()} {line}", **options)
 
 
 def fill_the_disk(patch, name: str) -> None:

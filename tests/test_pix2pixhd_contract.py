@@ -22,7 +22,6 @@ from conftest import (
     stored, torchrun)
 from PIL import Image
 
-import common
 import pix2pixhd
 from pix2pixhd import Config
 
@@ -36,14 +35,7 @@ TINY = f"--size 64 64 {NETS} {DATES} --limit 5 --loss GAN+FM --vgg random --lr 0
 ONE = f"{TINY} --size 32 32 --enhancers 0"               # a single stage, and a quicker one
 STEPS = 10
 SCORER = "--vgg random --scorer-width 2 --scorer-steps 2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def draw_each_street_once():
-    """Each call opens the streets anew, and drawing them is what takes longest here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "street", functools.lru_cache(None)(common.street))
-        yield
+pytestmark = pytest.mark.usefixtures("draw_each_street_once")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The README: every command in it runs, its numbers stand in a notebook, its files exist."""
 
-import functools
 import importlib
 import re
 import subprocess
@@ -10,10 +9,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from conftest import SCRIPTS, label_map, picture, shell
+from conftest import SCRIPTS, free_port, label_map, picture, shell, torchrun
 from PIL import Image
 
-import common
 import test_crn_imle_contract
 import test_lab2pix_contract
 import test_pix2pix_contract
@@ -32,13 +30,7 @@ TINY = {
     "lab2pix": f"{test_lab2pix_contract.TINY} --steps 2"}
 V1 = f"{test_lab2pix_contract.TINY_V1} --steps 2"
 SCORER = "--limit 2 --vgg random --scorer-width 2 --scorer-steps 2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def draw_each_street_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "street", functools.lru_cache(None)(common.street))
-        yield
+pytestmark = pytest.mark.usefixtures("draw_each_street_once")
 
 
 def small_cityscapes(root: Path) -> None:
@@ -110,14 +102,15 @@ def test_the_commands_for_several_processes_run():
     one, two = (c.split("torchrun ")[1] for c in COMMANDS if c.startswith("torchrun"))
     assert "--nnodes" not in one and "--nnodes=2" in two
     small_cityscapes(Path("data"))
-    launch = f"{sys.executable} -m torch.distributed.run --master_port "
-    end = f" {TINY['pix2pix']} --workers 0"
-    words = [w.replace("DIR", "data").replace("=4", "=1").replace("FIRST", "127.0.0.1")
-             .replace("pix2pix.py", f"{SCRIPTS}/pix2pix.py") + end for w in (one, two)]
-    assert shell(f"-m torch.distributed.run {words[0]}").returncode == 0
-    nodes = [subprocess.Popen(f"{launch} 29871 {words[1]}".replace("rank=0", f"rank={k}").split(),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for k in (0, 1)]
+    one, two = (words.replace("DIR", "data").replace("FIRST", "127.0.0.1").replace(
+        "pix2pix.py", f"{SCRIPTS}/pix2pix.py") + f" {TINY['pix2pix']} --workers 0"
+        for words in (one, two))
+    result = torchrun(one.replace("--nproc_per_node=4 ", ""))              # two are enough
+    assert result.returncode == 0, result.stderr
+    launch = f"{sys.executable} -m torch.distributed.run --master_port {free_port()} "
+    nodes = [subprocess.Popen((launch + two.replace("=4", "=1").replace("rank=0", f"rank={k}")
+                               ).split(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True) for k in (0, 1)]
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert {p.name for p in Path("runs").iterdir()} == {"pix2pix-1", "pix2pix-2"}    # rank 0 alone
