@@ -22,6 +22,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -492,7 +493,9 @@ class Dataset(torch.utils.data.Dataset):
                 raise UserError(f"{next(iter(files.values()))}: sizes differ (width x height): "
                                 + ", ".join(f"{role} {w}x{h}" for role, (w, h) in sizes.items()))
 
-    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | str]:
+        """Example i, augmented as in self.epoch; or (epoch, i), which needs no other state."""
+        epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
         item, values = self.read(i), {}
         ids = ("label", "instance")
         for key in item.keys() & set(ITEM_KEYS):
@@ -504,7 +507,7 @@ class Dataset(torch.utils.data.Dataset):
             values[key] = tv_tensors.Mask(value) if key in ids else tv_tensors.Image(value)
         # The joint transform draws from torch's generator; seed it for this item, then put it back.
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(hash((self.seed, self.epoch, i)) % 2 ** 63)
+        torch.default_generator.manual_seed(hash((self.seed, epoch, i)) % 2 ** 63)
         values = self.transform(values)
         torch.set_rng_state(state)
         return {"name": item["name"]} | {
@@ -544,6 +547,31 @@ class Dataset(torch.utils.data.Dataset):
                             + ", ".join(f"{key} {size}" for key, size in sizes.items()))
         return item
 
+
+class Loader:
+    """Reads a training set ahead of time, in processes that live as long as the loader: where
+    Python starts each from nothing, that takes seconds, too long for every epoch.
+
+    Args:
+        examples: a dataset whose index may be (epoch, i), since each process has a copy of it.
+        batch_size: examples per batch; None yields each by itself.
+        workers: processes; 0 reads when asked.    pin: into memory that a GPU copies by itself.
+    """
+
+    def __init__(self, examples: torch.utils.data.Dataset, batch_size: int | None, workers: int,
+                 pin: bool = False):
+        self.examples, self.order = examples, []
+        self.loader = torch.utils.data.DataLoader(
+            examples, batch_size, sampler=self.order, num_workers=workers, pin_memory=pin,
+            drop_last=batch_size is not None, persistent_workers=workers > 0)
+
+    def read(self, epoch: int, order: Iterable[int]) -> Iterator[dict]:
+        """These examples in this order, augmented as in this epoch."""
+        self.order[:] = [(epoch, i) for i in order]
+        try:
+            yield from self.loader
+        except UserError as error:              # a data process wraps it in its own traceback
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
 
 
 # -------------------------------------------------------------------------------- 4 Data doctor

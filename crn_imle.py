@@ -85,7 +85,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -494,7 +494,7 @@ def survey(train_set: common.Dataset, cfg: Config, device: torch.device) -> tupl
     c = channels(cfg)
     colours = torch.full((len(train_set), c, 3), torch.nan, dtype=torch.float64)
     areas = torch.zeros(c, dtype=torch.float64)
-    items = loaded(train_set, cfg, device, None, range(len(train_set)))
+    items = open_loader(train_set, cfg, device, None).read(0, range(len(train_set)))
     for k, item in enumerate(tqdm(items, "survey", len(train_set), unit="image", disable=None)):
         layout = layout_of(item["label"], cfg).flatten()
         image = (item["image"].double().flatten(1).T + 1) * 127.5                    # (H * W, 3)
@@ -624,7 +624,7 @@ def known_features(state: State, image: Tensor, k: int, known: dict, cfg: Config
 def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Algorithm 1, one inner update: theta -= eta grad L^(I_i, T_theta(L_i, z_sigma(i))).
 
-    batch as from epoch_batches or make_pair. For crn: one update on the diversity loss.
+    batch as from to_pair or make_pair. For crn: one update on the diversity loss.
     """
     L = batch["input"]                                             # (B, c, H, W)
     made = state.generator(L, batch.get("noise"))                  # (B, k, 3, H, W); k = 1 for imle
@@ -990,42 +990,40 @@ def epoch_order(state: State, cfg: Config, n: int) -> Tensor:
     return order[:updates * per_step].view(updates, -1, cfg.batch_size)
 
 
-def loaded(train_set: common.Dataset, cfg: Config, device: torch.device, batch_size: int | None,
-           order: list[int]):
-    """Items (batch_size None) or batches, in this order, read by the data processes."""
+def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device,
+                batch_size: int | None) -> common.Loader:
+    """The training set, read ahead; a GPU is too fast for one process that also trains."""
     cuda = device.type == "cuda"
     workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    try:
-        yield from DataLoader(train_set, batch_size, sampler=order, num_workers=workers,
-                              pin_memory=cuda)
-    except UserError as error:                  # a data process wraps it in its own traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    return common.Loader(train_set, batch_size, workers, cuda)
 
 
-def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, known: dict):
-    """The rest of this pass, as batches on the device; the order hangs on (seed, epoch) alone."""
-    device, (rank, world) = state.weights.device, place()
-    order = epoch_order(state, cfg, len(train_set))[state.seen // (world * cfg.batch_size):, rank]
-    images, seeds = order.flatten(), None
-    if cfg.model == "imle":
-        images, seeds = state.chosen[images].unbind(1)         # with z_sigma(i) as its seed
-        seeds = seeds.tolist()
-    images = images.tolist()
-    batches = loaded(train_set, cfg, device, cfg.batch_size, images)
-    for start, batch in zip(range(0, len(images), cfg.batch_size), batches):
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                 for k, v in batch.items()}
-        which = slice(start, start + cfg.batch_size)
-        if seeds:
-            batch["noise"] = torch.stack([draw_noise(s, cfg, batch["label"].shape[1:], device)
-                                          for s in seeds[which]])
-        batch = masked(make_pair(batch, cfg), state, images[which], cfg)
-        if cfg.keep_features:
-            each = [known_features(state, image[None], k, known, cfg)
-                    for image, k in zip(batch["image"], images[which])]
-            batch["real"] = [torch.cat(values) for values in zip(*each)]
-        yield {k: v.contiguous(memory_format=memory_format(cfg, device))
-               if k in ("input", "image", "noise") else v for k, v in batch.items()}
+def epoch_batches(loader: common.Loader, cfg: Config, state: State):
+    """The rest of this pass; the order hangs on (seed, epoch) alone. With each batch go the numbers
+    of its "images" and, for imle, the "seeds" of z_sigma(i)."""
+    rank, world = place()
+    slots = epoch_order(state, cfg, len(loader.examples))
+    slots = slots[state.seen // (world * cfg.batch_size):, rank]                    # (updates, B)
+    images, seeds = state.chosen[slots].unbind(2) if cfg.model == "imle" else (slots, slots[:, :0])
+    for batch, k, s in zip(loader.read(state.epoch, images.flatten().tolist()), images, seeds):
+        yield batch | {"images": k.tolist(), "seeds": s.tolist()}
+
+
+def to_pair(batch: dict, cfg: Config, state: State, known: dict) -> dict:
+    """A batch of epoch_batches as a pair on the device, with noise, masks and known features."""
+    device = state.weights.device
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+             for k, v in batch.items()}
+    if batch["seeds"]:
+        batch["noise"] = torch.stack([draw_noise(s, cfg, batch["label"].shape[1:], device)
+                                      for s in batch["seeds"]])
+    batch = masked(make_pair(batch, cfg), state, batch["images"], cfg)
+    if cfg.keep_features:
+        each = [known_features(state, image[None], k, known, cfg)
+                for image, k in zip(batch["image"], batch["images"])]
+        batch["real"] = [torch.cat(values) for values in zip(*each)]
+    return {k: v.contiguous(memory_format=memory_format(cfg, device))
+            if k in ("input", "image", "noise") else v for k, v in batch.items()}
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -1039,6 +1037,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
     per_epoch = cfg.inner_steps or len(train_set) // per_step
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state, known = build(cfg, device), {}
+    loader = open_loader(train_set, cfg, device, cfg.batch_size)
     if resume:
         restore(state, stored, Path(cfg.out) / "checkpoint.pt")
         state.weights, state.sums = state.weights.to(device), state.sums.to(device)
@@ -1066,9 +1065,9 @@ def train(cfg: Config, resume: bool = False) -> Path:
                 log.begun += time.time() - clock    # the search has its own line
             state.opt_g.param_groups[0]["lr"] = learning_rate(cfg, state.epoch)
             clock = time.time()
-            for batch in epoch_batches(train_set, cfg, state, known):
+            for batch in epoch_batches(loader, cfg, state):
                 waited = time.time() - clock
-                losses = train_step(state, batch, cfg)
+                losses = train_step(state, to_pair(batch, cfg, state, known), cfg)
                 state.step, state.seen = state.step + 1, state.seen + per_step
                 bar.update()
                 last = stop.asked(device, state.step) or state.step >= total
@@ -1819,8 +1818,9 @@ def trace(cfg: Config) -> None:
     device = pick_device(cfg)
     cfg, train_set, _ = open_data(replace(cfg, compile=False))
     state = build(cfg, device)
-    batch = make_pair({k: v.to(device) if torch.is_tensor(v) else [v]
-                       for k, v in next(iter(DataLoader(train_set, cfg.batch_size))).items()}, cfg)
+    items = [train_set[i] for i in range(len(train_set))[:cfg.batch_size]]
+    batch = make_pair({k: v.to(device) if torch.is_tensor(v) else v
+                       for k, v in default_collate(items).items()}, cfg)
     print(f"{device}; layout {tuple(batch['input'].shape)}, image {tuple(batch['image'].shape)}")
     net = state.generator
     print(f"\n{'generator':34}{'output':>22}{'parameters':>14}")

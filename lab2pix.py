@@ -133,7 +133,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -1550,23 +1550,23 @@ class Unpaired(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def partner(self, i: int) -> int:
-        """The photo of item i in this epoch; it hangs on (seed, epoch) alone."""
-        if self.cycle[0] != self.epoch:
-            seed = hash((self.source.seed, self.epoch)) % 2 ** 63
+    def partner(self, i: int, epoch: int) -> int:
+        """The photo of item i in an epoch; it hangs on (seed, epoch) alone."""
+        if self.cycle[0] != epoch:
+            seed = hash((self.source.seed, epoch)) % 2 ** 63
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
             follower = torch.empty_like(order)
             follower[order] = order.roll(-1)
-            self.cycle = (self.epoch, follower)
+            self.cycle = (epoch, follower)
         return int(self.cycle[1][i])
 
-    def __getitem__(self, i: int) -> dict:
-        self.labels.epoch = self.photos.epoch = self.epoch
-        item = self.labels[i]
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
+        item = self.labels[epoch, i]
         if self.edges:
             item = {"name": item["name"], "input": sketch_of(item["image"][None])[0]}
         return {k: item[k] for k in ("name", "label", "input") if k in item} | {
-            "image": self.photos[self.partner(i)]["image"]}
+            "image": self.photos[epoch, self.partner(i, epoch)]["image"]}
 
 
 def open_data(cfg: Config) -> tuple[Config, torch.utils.data.Dataset, common.Dataset]:
@@ -1600,24 +1600,27 @@ def open_data(cfg: Config) -> tuple[Config, torch.utils.data.Dataset, common.Dat
     return cfg, Unpaired(train_set, cfg.task == "edges") if unpaired else train_set, test_set
 
 
-def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, device: torch.device):
-    """The rest of this epoch, as pairs on the device; the order hangs on (seed, epoch) alone."""
-    rank, world = place()
-    train_set.epoch = state.epoch
-    sampler = DistributedSampler(train_set, world, rank, seed=cfg.seed, drop_last=True)
-    sampler.set_epoch(state.epoch)
-    order, cuda = list(sampler)[state.seen // world:], device.type == "cuda"
+def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
+    """The training set, read ahead; a GPU is too fast for one process that also trains."""
+    cuda = device.type == "cuda"
     workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    loader = DataLoader(train_set, cfg.batch_size, sampler=order, num_workers=workers,
-                        drop_last=True, pin_memory=cuda)
-    try:
-        for batch in loader:
-            batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                               for k, v in batch.items()}, cfg)
-            yield {k: v.contiguous(memory_format=memory_format(cfg, device))
-                   if k in ("input", "image") else v for k, v in batch.items()}
-    except UserError as error:                  # a data process wraps it in its own traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    return common.Loader(train_set, cfg.batch_size, workers, cuda)
+
+
+def epoch_batches(loader: common.Loader, cfg: Config, state: State):
+    """The rest of this epoch; the order hangs on (seed, epoch) alone."""
+    rank, world = place()
+    sampler = DistributedSampler(loader.examples, world, rank, seed=cfg.seed, drop_last=True)
+    sampler.set_epoch(state.epoch)
+    return loader.read(state.epoch, list(sampler)[state.seen // world:])
+
+
+def to_pair(batch: dict, cfg: Config, device: torch.device) -> dict:
+    """A batch of the loader as a pair on the device."""
+    batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                       for k, v in batch.items()}, cfg)
+    return {k: v.contiguous(memory_format=memory_format(cfg, device))
+            if k in ("input", "image") else v for k, v in batch.items()}
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -1632,7 +1635,8 @@ def train(cfg: Config, resume: bool = False) -> Path:
     per_step = cfg.batch_size * world
     per_epoch = len(train_set) // per_step
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
-    state, began = build(cfg, device), time.time()
+    state, loader = build(cfg, device), open_loader(train_set, cfg, device)
+    began = time.time()
     if resume:
         restore(state, stored, Path(cfg.out) / "checkpoint.pt")
     if state.step >= total:
@@ -1655,11 +1659,11 @@ def train(cfg: Config, resume: bool = False) -> Path:
                                        learning_rates(cfg, state.epoch)):
                 optimiser.param_groups[0]["lr"] = rate
             clock = time.time()
-            for batch in epoch_batches(train_set, cfg, state, device):
+            for batch in epoch_batches(loader, cfg, state):
                 waited = time.time() - clock
                 # The noise hangs on (seed, step, process) alone: a resumed run draws the same.
                 torch.manual_seed(((cfg.seed * 10 ** 9 + state.step) * world + rank) % 2 ** 63)
-                losses = train_step(state, batch, cfg)
+                losses = train_step(state, to_pair(batch, cfg, device), cfg)
                 state.step, state.seen = state.step + 1, state.seen + per_step
                 bar.update()
                 last = stop.asked(device, state.step) or state.step >= total
@@ -2119,7 +2123,7 @@ def trace(cfg: Config) -> None:
     device = pick_device(cfg)
     cfg, train_set, _ = open_data(replace(cfg, compile=False))
     state = build(cfg, device)
-    batch = next(epoch_batches(train_set, cfg, state, device))
+    batch = to_pair(default_collate([train_set[i] for i in range(cfg.batch_size)]), cfg, device)
     m, y = batch["input"], batch["image"]
     print(f"{device}; input {tuple(m.shape)}, image {tuple(y.shape)}")
     z, ys = torch.randn(len(m), cfg.noise, device=device), pyramid(y, cfg.scales, cfg)

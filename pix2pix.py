@@ -85,7 +85,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -785,24 +785,27 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
     return cfg, train_set, dataset(cfg, "test")
 
 
-def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, device: torch.device):
-    """The rest of this epoch, as pairs on the device; the order hangs on (seed, epoch) alone."""
-    rank, world = place()
-    train_set.epoch = state.epoch
-    sampler = DistributedSampler(train_set, world, rank, seed=cfg.seed, drop_last=True)
-    sampler.set_epoch(state.epoch)
-    order, cuda = list(sampler)[state.seen // world:], device.type == "cuda"
+def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
+    """The training set, read ahead; a GPU is too fast for one process that also trains."""
+    cuda = device.type == "cuda"
     workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    loader = DataLoader(train_set, cfg.batch_size, sampler=order, num_workers=workers,
-                        drop_last=True, pin_memory=cuda)
-    try:
-        for batch in loader:
-            batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                               for k, v in batch.items()}, cfg)
-            yield {k: v.contiguous(memory_format=memory_format(cfg, device))
-                   if k in ("input", "image") else v for k, v in batch.items()}
-    except UserError as error:                  # a data process wraps it in its own traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    return common.Loader(train_set, cfg.batch_size, workers, cuda)
+
+
+def epoch_batches(loader: common.Loader, cfg: Config, state: State):
+    """The rest of this epoch; the order hangs on (seed, epoch) alone."""
+    rank, world = place()
+    sampler = DistributedSampler(loader.examples, world, rank, seed=cfg.seed, drop_last=True)
+    sampler.set_epoch(state.epoch)
+    return loader.read(state.epoch, list(sampler)[state.seen // world:])
+
+
+def to_pair(batch: dict, cfg: Config, device: torch.device) -> dict:
+    """A batch of the loader as a pair on the device."""
+    batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                       for k, v in batch.items()}, cfg)
+    return {k: v.contiguous(memory_format=memory_format(cfg, device))
+            if k in ("input", "image") else v for k, v in batch.items()}
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -815,7 +818,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
     per_step = cfg.batch_size * world
     per_epoch = len(train_set) // per_step
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
-    state = build(cfg, device)
+    state, loader = build(cfg, device), open_loader(train_set, cfg, device)
     if resume:
         restore(state, stored, Path(cfg.out) / "checkpoint.pt")
     if state.step >= total:
@@ -836,11 +839,11 @@ def train(cfg: Config, resume: bool = False) -> Path:
                 if optimiser is not None:
                     optimiser.param_groups[0]["lr"] = learning_rate(cfg, state.epoch)
             clock = time.time()
-            for batch in epoch_batches(train_set, cfg, state, device):
+            for batch in epoch_batches(loader, cfg, state):
                 waited = time.time() - clock
                 # The noise hangs on (seed, step, process) alone: a resumed run draws the same.
                 torch.manual_seed(((cfg.seed * 10 ** 9 + state.step) * world + rank) % 2 ** 63)
-                losses = train_step(state, batch, cfg)
+                losses = train_step(state, to_pair(batch, cfg, device), cfg)
                 state.step, state.seen = state.step + 1, state.seen + per_step
                 bar.update()
                 last = stop.asked(device, state.step) or state.step >= total
@@ -1199,7 +1202,7 @@ def trace(cfg: Config) -> None:
     device = pick_device(cfg)
     cfg, train_set, _ = open_data(replace(cfg, compile=False))
     state = build(cfg, device)
-    batch = next(epoch_batches(train_set, cfg, state, device))
+    batch = to_pair(default_collate([train_set[i] for i in range(cfg.batch_size)]), cfg, device)
     x, y = batch["input"], batch["image"]
     print(f"{device}; input {tuple(x.shape)}, image {tuple(y.shape)}")
     for title, net, inputs in (("generator", state.generator, (x,)),

@@ -88,7 +88,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -1157,24 +1157,27 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
     return cfg, train_set, test_set
 
 
-def epoch_batches(train_set: common.Dataset, cfg: Config, state: State, device: torch.device):
-    """The rest of this epoch, as pairs on the device; the order hangs on (seed, epoch) alone."""
-    rank, world = place()
-    train_set.epoch = state.epoch
-    sampler = DistributedSampler(train_set, world, rank, seed=cfg.seed, drop_last=True)
-    sampler.set_epoch(state.epoch)
-    order, cuda = list(sampler)[state.seen // world:], device.type == "cuda"
+def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
+    """The training set, read ahead; a GPU is too fast for one process that also trains."""
+    cuda = device.type == "cuda"
     workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    loader = DataLoader(train_set, cfg.batch_size, sampler=order, num_workers=workers,
-                        drop_last=True, pin_memory=cuda)
-    try:
-        for batch in loader:
-            batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                               for k, v in batch.items()}, cfg)
-            yield {k: v.contiguous(memory_format=memory_format(cfg, device))
-                   if k in ("input", "image") else v for k, v in batch.items()}
-    except UserError as error:                  # a data process wraps it in its own traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    return common.Loader(train_set, cfg.batch_size, workers, cuda)
+
+
+def epoch_batches(loader: common.Loader, cfg: Config, state: State):
+    """The rest of this epoch; the order hangs on (seed, epoch) alone."""
+    rank, world = place()
+    sampler = DistributedSampler(loader.examples, world, rank, seed=cfg.seed, drop_last=True)
+    sampler.set_epoch(state.epoch)
+    return loader.read(state.epoch, list(sampler)[state.seen // world:])
+
+
+def to_pair(batch: dict, cfg: Config, device: torch.device) -> dict:
+    """A batch of the loader as a pair on the device."""
+    batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+                       for k, v in batch.items()}, cfg)
+    return {k: v.contiguous(memory_format=memory_format(cfg, device))
+            if k in ("input", "image") else v for k, v in batch.items()}
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -1225,12 +1228,13 @@ def train(cfg: Config, resume: bool = False) -> Path:
             before, stage = stage, stages[number]
             if before is None or stage.cfg.enhancers > before.cfg.enhancers:     # a larger size
                 train_set, test_set = (dataset(stage.cfg, split) for split in ("train", "test"))
+                loader = open_loader(train_set, cfg, device)
             for optimiser in (state.opt_g, state.opt_d):
                 optimiser.param_groups[0]["lr"] = learning_rate(stage, state.epoch)
             clock = time.time()
-            for batch in epoch_batches(train_set, stage.cfg, state, device):
+            for batch in epoch_batches(loader, cfg, state):
                 waited = time.time() - clock
-                losses = train_step(state, batch, stage.cfg)
+                losses = train_step(state, to_pair(batch, stage.cfg, device), stage.cfg)
                 state.step, state.seen = state.step + 1, state.seen + per_step
                 bar.update()
                 last = stop.asked(device, state.step) or state.step >= total
@@ -2046,7 +2050,8 @@ def trace(cfg: Config) -> None:
     announce(plan(cfg))
     cfg = plan(cfg)[-1].cfg
     state = build(cfg, device)
-    batch = next(epoch_batches(dataset(cfg, "train"), cfg, state, device))
+    train_set = dataset(cfg, "train")
+    batch = to_pair(default_collate([train_set[i] for i in range(cfg.batch_size)]), cfg, device)
     s, x = batch["input"], batch["image"]
     print(f"{device}; input {tuple(s.shape)}, image {tuple(x.shape)}")
     wide = torch.cat([s, s.new_zeros(len(s), cfg.features, *s.shape[2:])], 1)

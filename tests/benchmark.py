@@ -5,6 +5,7 @@
     python tests/benchmark.py paper --gpu 0 --precision bf16 --compile
     python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
     python tests/benchmark.py memory              what the papers' steps need, on any machine
+    python tests/benchmark.py small memory data --quick     all of it on tiny networks: does it run?
 
 Batches are streets, read and paired by the script that is timed; VGG is random, which costs the
 same. Each configuration has a process of its own, so its memory is its own. On a busy machine use
@@ -17,6 +18,7 @@ import importlib
 import io
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -85,12 +87,20 @@ PAPER = {
 GROUPS, CASES = {"small": SMALL, "toy": TOY, "paper": PAPER}, SMALL | TOY | PAPER
 
 
+def tiny(script, side: int = 64) -> dict:
+    """Settings of --quick."""
+    small = dict(size=(side, side), width=4, d_width=4, s_width=4, vgg_width=4, batch_size=2)
+    return {key: value for key, value in small.items() if hasattr(script.Config, key)}
+
+
 def configure(name: str, options: argparse.Namespace):
     """The script of a configuration, and its config."""
     this, streets = CASES[name], common.TABLES["streets"]
     script = importlib.import_module(this.script)
     given = this.settings | dict(vgg="random", precision=options.precision, gpu=options.gpu,
                                  channels_last=options.channels_last or None)
+    if options.quick:
+        given |= tiny(script, 128 if "v1" in name or "v2-h" in name else 64)    # S needs more
     if this.script == "lab2pix":
         cfg = script.configure(**given)
     else:
@@ -109,7 +119,7 @@ def configure(name: str, options: argparse.Namespace):
 
 
 def batch_of(script, train_set, cfg, device: torch.device) -> dict:
-    """What epoch_batches yields: streets, as pairs on the device."""
+    """What train_step takes: streets, as pairs on the device."""
     batch = default_collate([train_set[i] for i in range(cfg.batch_size)])
     batch = script.make_pair({k: v.to(device) if torch.is_tensor(v) else v
                               for k, v in batch.items()}, cfg)
@@ -138,20 +148,22 @@ def work_of(name: str, script, cfg, device: torch.device):
 
 def alone(function, *arguments):
     """function(*arguments) in a fresh process, which may start others to read data."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    fork = hasattr(os, "fork") and not torch.cuda.is_initialized()      # spares the imports
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork" if fork else "spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def seconds_of(work, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Medians of wall seconds and of CPU seconds (all threads), after two calls for warming up."""
+    """Medians of wall seconds and of CPU seconds (all threads); of many, two first to warm up."""
     wait, clocks = torch.cuda.synchronize if device.type == "cuda" else bool, []
-    for _ in range(repeats + 2):
+    warm = 2 if repeats > 1 else 0
+    for _ in range(warm + repeats):
         wait()
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         wait()
         clocks.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return tuple(statistics.median(times) for times in zip(*clocks[2:]))
+    return tuple(statistics.median(times) for times in zip(*clocks[warm:]))
 
 
 def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
@@ -181,7 +193,7 @@ def convolution_peak(options: argparse.Namespace) -> float:
         for layout in (torch.contiguous_format, torch.channels_last):
             x, w = (torch.randn(shape, device=device, dtype=kind).contiguous(memory_format=layout)
                     for shape in ((batch, c, side, side), (c, c, 3, 3)))
-            times = seconds_of(lambda: F.conv2d(x, w, padding=1), device, 9)
+            times = seconds_of(lambda: F.conv2d(x, w, padding=1), device, options.repeats)
             speeds.append(2 * 9 * c * x.numel() / times[options.by_cpu] / 1e9)
     return max(speeds)
 
@@ -208,19 +220,18 @@ def steps_table(names: list[str], options: argparse.Namespace) -> None:
         seconds = row.cpu if by_cpu else row.wall
         speed = row.gflop / seconds
         more = (released[by_cpu], released[2], f"{released[by_cpu] / seconds:.2f}x") if (
-            released and options.gpu < 0) else ()
+            released and options.gpu < 0 and not options.quick) else ()
         line(name, "{}x{}".format(*row.cfg.size), row.wall, row.cpu, row.cfg.batch_size / seconds,
              row.gflop, speed, f"{speed / peak:.0%}", row.gib, *more)
 
 
 # ----------------------------------------------------------------------------------------- data
 
-def loader_speed(data: str, size: tuple[int, int], workers: int) -> list[float]:
-    """Images per second after the first: of the first pass, and of the next."""
+def loader_speed(data: str, size: tuple[int, int], workers: int, n: int) -> list[float]:
+    """Images per second of n after the first: of the first pass, and of the next."""
     torch.set_num_threads(1)
-    n = 48 if size[0] < 1024 else 12
     train_set, speeds = common.Dataset(data, "train", size, mirror=True), []
-    order = [i % len(train_set) for i in range(n)]
+    order = [i % len(train_set) for i in range(n + 1)]
     for _ in range(2):
         loader = iter(DataLoader(train_set, 1, sampler=order, num_workers=workers))
         next(loader)
@@ -233,8 +244,10 @@ def wait_share(name: str, data: str, workers: int, options: argparse.Namespace) 
     """images/s and the share of waiting, from the last 20 of 40 steps by the toy preset."""
     torch.set_num_threads(options.threads)
     script = importlib.import_module(name)
-    settings = script.PRESETS["toy"] | dict(data=data, workers=workers, steps=40, vgg="random",
-                                            gpu=options.gpu)
+    settings = script.PRESETS["toy"] | dict(data=data, workers=workers, vgg="random",
+                                            steps=2 if options.quick else 40, gpu=options.gpu)
+    if options.quick:
+        settings |= tiny(script)
     if name == "crn_imle":
         settings |= dict(pool=4, keep_features=0)           # a short search, no features kept
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
@@ -246,12 +259,14 @@ def wait_share(name: str, data: str, workers: int, options: argparse.Namespace) 
 
 
 def data_tables(options: argparse.Namespace) -> None:
-    sources = {"streets": ""} | ({Path(options.data).name: options.data} if options.data else {})
+    sources = {Path(options.data).name: options.data} if options.data else {}
+    sources |= {} if options.quick and sources else {"streets": ""}         # their drawing is slow
     print("\nThe loader: images per second, first pass and next (streets, once drawn, are kept).")
     line("data", "size", *(word for n in (0, 1, 2) for word in (f"{n} workers", "next")))
     for name, data in sources.items():
-        for size in ((128, 256), (256, 512), (1024, 2048))[:3 if data else 2]:
-            speeds = [alone(loader_speed, data, size, workers) for workers in (0, 1, 2)]
+        for size, n in (((128, 256), 48), ((256, 512), 48), ((1024, 2048), 12))[:3 if data else 2]:
+            n = 2 if options.quick else n
+            speeds = [alone(loader_speed, data, size, workers, n) for workers in (0, 1, 2)]
             line(name, "{}x{}".format(*size), *(speed for some in speeds for speed in some))
     print("\nTraining by the toy presets: images per second, and the share of time spent waiting.")
     line("data", "script", "0 workers", "waits", "2 workers", "waits")
@@ -355,7 +370,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--channels-last", action="store_true", help="on the CPU; a GPU has it")
     parser.add_argument("--repeats", type=int, default=5, help="steps per median (default: 5)")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny networks, a step or two: shows that all runs, not how fast")
     options = parser.parse_args()
+    options.repeats = 1 if options.quick else options.repeats
     options.device = torch.cuda.get_device_name(options.gpu) if options.gpu >= 0 else "CPU"
     options.by_cpu = options.gpu < 0 and options.threads == 1
     wanted = options.names or ["paper" if options.gpu >= 0 else "small"]

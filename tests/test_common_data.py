@@ -1049,6 +1049,32 @@ def test_items_do_not_depend_on_the_number_of_workers(workers, noisy):
         assert torch.equal(torch.cat([batch["image"] for batch in loader]), want)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_reads_in_order_as_of_the_epoch_asked_for(workers, noisy):
+    dataset = noisy(seed=3)
+    loader = common.Loader(dataset, 2, workers)
+    for epoch, order in ((5, [3, 0, 2, 1]), (6, [2, 1]), (5, [3, 0, 2, 1, 0])):    # an odd one ends
+        batches = list(loader.read(epoch, order))
+        dataset.epoch = epoch
+        want = torch.stack([dataset[i]["image"] for i in order[:len(order) // 2 * 2]])
+        assert torch.equal(torch.cat([batch["image"] for batch in batches]), want)
+
+
+def test_the_loader_keeps_its_processes_and_goes_on_after_a_break():
+    class Where(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return {"index": index, "process": os.getpid()}
+
+    loader, processes = common.Loader(Where(), None, 2), set()
+    for epoch in range(3):
+        for k, item in enumerate(loader.read(epoch, range(8))):
+            assert tuple(item["index"]) == (epoch, k)
+            processes.add(item["process"])
+            if k == 5:
+                break
+    assert len(processes) == 2 and os.getpid() not in processes
+
+
 def test_another_epoch_gives_another_crop(noisy):
     dataset = noisy()
     seen = set()

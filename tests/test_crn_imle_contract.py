@@ -554,8 +554,9 @@ train_set = crn_imle.dataset(cfg, "train")
 colours, state.areas = crn_imle.survey(train_set, cfg, device)
 state.rarity = crn_imle.rarity_scores(colours)
 state.chosen, losses = crn_imle.search(state, train_set, cfg, {})
-for batch in crn_imle.epoch_batches(train_set, cfg, state, {}):
-    crn_imle.train_step(state, batch, cfg)
+loader = crn_imle.open_loader(train_set, cfg, device, cfg.batch_size)
+for batch in crn_imle.epoch_batches(loader, cfg, state):
+    crn_imle.train_step(state, crn_imle.to_pair(batch, cfg, state, {}), cfg)
 torch.save({"generator": state.generator.module.state_dict(), "chosen": state.chosen,
             "losses": losses}, f"{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -573,8 +574,9 @@ def test_two_processes_share_the_search_and_average_the_gradients():
     colours, state.areas = crn_imle.survey(train_set, cfg, torch.device("cpu"))
     state.rarity = crn_imle.rarity_scores(colours)
     state.chosen, losses = crn_imle.search(state, train_set, cfg, {})
-    for batch in crn_imle.epoch_batches(train_set, cfg, state, {}):
-        crn_imle.train_step(state, batch, cfg)
+    loader = crn_imle.open_loader(train_set, cfg, torch.device("cpu"), cfg.batch_size)
+    for batch in crn_imle.epoch_batches(loader, cfg, state):
+        crn_imle.train_step(state, crn_imle.to_pair(batch, cfg, state, {}), cfg)
     both = [torch.load(f"{rank}.pt") for rank in (0, 1)]
     for one in both:
         assert torch.equal(one["chosen"], state.chosen)

@@ -12,10 +12,12 @@ import pytest
 from conftest import SCRIPTS, free_port, label_map, picture, shell, torchrun
 from PIL import Image
 
+import benchmark
 import test_crn_imle_contract
 import test_lab2pix_contract
 import test_pix2pix_contract
 import test_pix2pixhd_contract
+import test_shared
 
 TEXT = (SCRIPTS / "README.md").read_text()
 # The command lines of the blocks, and those of the table of default runs.
@@ -117,20 +119,18 @@ def test_the_commands_for_several_processes_run():
 
 
 def test_the_other_commands():
-    """The tools for one small case; installing and testing is what CI does with these lines."""
-    others = [c for c in COMMANDS if "tests/" in c]
-    assert len(others) == 2 and all((SCRIPTS / c.split()[1]).exists() for c in others)
-    bench = SCRIPTS / "tests" / "benchmark.py"
-    assert "pix2pix-toy" in shell(f"{bench} --list").stdout
-    result = shell(f"{bench} pix2pix-toy --repeats 1 --threads 1 --gpu -1")
-    assert result.returncode == 0 and re.search(r"pix2pix-toy +128x128 ", result.stdout), result
-    program = ("import benchmark; from types import SimpleNamespace as S; options = S(gpu=-1, "
-               "precision='fp32', channels_last=False); [script.networks(cfg) for script, cfg in "
-               "(benchmark.configure(name, options) for name in ('pix2pixhd-joint', "
-               "'crn_imle-search', 'lab2pix-v2'))]")
-    result = subprocess.run([sys.executable, "-c", program], cwd=bench.parent, text=True,
-                            capture_output=True)
-    assert result.returncode == 0, result.stderr           # those with changes to a script
+    """The tools in their short forms; installing and testing is what CI does with these lines."""
+    bench, kill = (c.split(maxsplit=1)[1] for c in COMMANDS if "tests/" in c)
+    assert kill == "tests/kill.py" and (SCRIPTS / kill).exists()           # test_kill.py runs it
+    small_cityscapes(Path("data"))
+    result = shell(f"{SCRIPTS}/{bench.replace('DIR', 'data')} --quick --gpu -1", timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    assert set(benchmark.CASES) - set(benchmark.TOY) - {"pix2pixhd-1024p-features"} <= set(rows)
+    assert len(re.findall(r"^data +(?:pix2pix|pix2pixhd|crn_imle|lab2pix) .*%", result.stdout,
+                          re.MULTILINE)) == 4
+    for script in test_shared.NAMES:            # the rest: a plain run times toys, too
+        assert f"{script}-toy" in benchmark.TOY
     installs = [c for c in COMMANDS if c.startswith("pip")]
     assert len(installs) == 2 and installs[1].endswith("python -m pytest")
     assert "python -m pytest" in (SCRIPTS / ".ci" / "run").read_text()
