@@ -494,7 +494,8 @@ def survey(train_set: common.Dataset, cfg: Config, device: torch.device) -> tupl
     c = channels(cfg)
     colours = torch.full((len(train_set), c, 3), torch.nan, dtype=torch.float64)
     areas = torch.zeros(c, dtype=torch.float64)
-    items = open_loader(train_set, cfg, device, None).read(0, range(len(train_set)))
+    one_by_one = open_loader(train_set, replace(cfg, batch_size=None), device)
+    items = one_by_one.read(0, range(len(train_set)))
     for k, item in enumerate(tqdm(items, "survey", len(train_set), unit="image", disable=None)):
         layout = layout_of(item["label"], cfg).flatten()
         image = (item["image"].double().flatten(1).T + 1) * 127.5                    # (H * W, 3)
@@ -990,12 +991,11 @@ def epoch_order(state: State, cfg: Config, n: int) -> Tensor:
     return order[:updates * per_step].view(updates, -1, cfg.batch_size)
 
 
-def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device,
-                batch_size: int | None) -> common.Loader:
+def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
     """The training set, read ahead; a GPU is too fast for one process that also trains."""
     cuda = device.type == "cuda"
     workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    return common.Loader(train_set, batch_size, workers, cuda)
+    return common.Loader(train_set, cfg.batch_size, workers, cuda)
 
 
 def epoch_batches(loader: common.Loader, cfg: Config, state: State):
@@ -1037,7 +1037,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
     per_epoch = cfg.inner_steps or len(train_set) // per_step
     total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
     state, known = build(cfg, device), {}
-    loader = open_loader(train_set, cfg, device, cfg.batch_size)
+    loader = open_loader(train_set, cfg, device)
     if resume:
         restore(state, stored, Path(cfg.out) / "checkpoint.pt")
         state.weights, state.sums = state.weights.to(device), state.sums.to(device)

@@ -554,7 +554,7 @@ train_set = crn_imle.dataset(cfg, "train")
 colours, state.areas = crn_imle.survey(train_set, cfg, device)
 state.rarity = crn_imle.rarity_scores(colours)
 state.chosen, losses = crn_imle.search(state, train_set, cfg, {})
-loader = crn_imle.open_loader(train_set, cfg, device, cfg.batch_size)
+loader = crn_imle.open_loader(train_set, cfg, device)
 for batch in crn_imle.epoch_batches(loader, cfg, state):
     crn_imle.train_step(state, crn_imle.to_pair(batch, cfg, state, {}), cfg)
 torch.save({"generator": state.generator.module.state_dict(), "chosen": state.chosen,
@@ -574,7 +574,7 @@ def test_two_processes_share_the_search_and_average_the_gradients():
     colours, state.areas = crn_imle.survey(train_set, cfg, torch.device("cpu"))
     state.rarity = crn_imle.rarity_scores(colours)
     state.chosen, losses = crn_imle.search(state, train_set, cfg, {})
-    loader = crn_imle.open_loader(train_set, cfg, torch.device("cpu"), cfg.batch_size)
+    loader = crn_imle.open_loader(train_set, cfg, torch.device("cpu"))
     for batch in crn_imle.epoch_batches(loader, cfg, state):
         crn_imle.train_step(state, crn_imle.to_pair(batch, cfg, state, {}), cfg)
     both = [torch.load(f"{rank}.pt") for rank in (0, 1)]
