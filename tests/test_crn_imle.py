@@ -383,12 +383,19 @@ def test_search_batches_and_kept_features_change_nothing():
     torch.testing.assert_close(a[1], b[1], rtol=1e-4, atol=1e-6)
 
 
+def pairs_of(train_set, cfg, state):
+    """The rest of a pass, as train_step takes it."""
+    loader = crn_imle.open_loader(train_set, cfg, CPU)
+    for batch in crn_imle.epoch_batches(loader, cfg, state):
+        yield crn_imle.to_pair(batch, cfg, state, {})
+
+
 def test_an_inner_step_lowers_the_loss_at_the_noise_found():
     """Images are rendered anew: the same batch gives a lower loss after each update."""
     cfg = replace(TINY, rebalance="both")
     state, train_set = state_of(cfg), crn_imle.dataset(cfg, "train")
     state.chosen, found = crn_imle.search(state, train_set, cfg, {})
-    batch = next(crn_imle.epoch_batches(train_set, cfg, state, {}))
+    batch = next(pairs_of(train_set, cfg, state))
     slot = crn_imle.epoch_order(state, cfg, 12)[0, 0, 0]
     losses = [crn_imle.train_step(state, batch, cfg)["loss"].item() for _ in range(4)]
     assert losses[0] == pytest.approx(found[slot].min().item(), rel=1e-4)      # L^, at sigma(i)
@@ -401,7 +408,7 @@ def test_batches_carry_the_noise_and_the_mask_of_their_photo():
     state.chosen, _ = crn_imle.search(state, train_set, cfg, {})
     order = crn_imle.epoch_order(state, cfg, 12)
     assert order.shape == (3, 1, 2)
-    batches = list(crn_imle.epoch_batches(train_set, cfg, state, {}))
+    batches = list(pairs_of(train_set, cfg, state))
     assert len(batches) == 3
     for row, batch in zip(order[:, 0], batches):
         for b, (k, seed) in enumerate(state.chosen[row].tolist()):
@@ -414,7 +421,7 @@ def test_batches_carry_the_noise_and_the_mask_of_their_photo():
             for got, want in zip(batch["real"], real):
                 torch.testing.assert_close(got[b], want[0], rtol=1e-4, atol=1e-5)
     state.seen = 2                                             # the rest of the pass
-    rest = list(crn_imle.epoch_batches(train_set, cfg, state, {}))
+    rest = list(pairs_of(train_set, cfg, state))
     assert [b["name"] for b in rest] == [b["name"] for b in batches[1:]]
 
 
@@ -446,7 +453,7 @@ def test_lambda_is_set_once_between_passes():
         told = crn_imle.begin_epoch(state, train_set, cfg, {})
         assert ("lambda" in told) == (epoch == 2)
         before, sums = state.weights.clone(), torch.zeros(3)
-        for batch in crn_imle.epoch_batches(train_set, cfg, state, {}):
+        for batch in pairs_of(train_set, cfg, state):
             losses = crn_imle.train_step(state, batch, cfg)
             sums += torch.stack([losses[k] for k in ("pixel", "conv1_1", "conv2_1")])
         assert torch.equal(state.weights, before)              # never between search and descent
@@ -460,7 +467,7 @@ def test_the_released_encoder_restart():
     cfg = replace(TINY, lr_drop=1, renew_encoder=True)
     state, train_set = state_of(cfg), crn_imle.dataset(cfg, "train")
     crn_imle.begin_epoch(state, train_set, cfg, {})
-    for batch in crn_imle.epoch_batches(train_set, cfg, state, {}):
+    for batch in pairs_of(train_set, cfg, state):
         crn_imle.train_step(state, batch, cfg)
     before = {k: v.clone() for k, v in state.generator.state_dict().items()}
     state.epoch = 1

@@ -136,15 +136,13 @@ EVERY_MODE = {
         --resume --steps 3
         sample --samples 2
         interpolate
-        transfer
         edit --set car=road --paint 4,8,12,28=car
         video
         trace
         evaluate --limit 2""",
     "lab2pix": f"""{test_lab2pix_contract.TINY_V1} --steps 1
         {test_lab2pix_contract.TINY} --steps 1
-        sample --samples 2
-        evaluate {SCORER}"""}
+        sample --samples 2 --limit 2"""}
 
 
 @pytest.mark.parametrize("name", sorted(EVERY_MODE))
