@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -548,6 +549,11 @@ class Dataset(torch.utils.data.Dataset):
         return item
 
 
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; when to stop is for the training one to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Loader:
     """Reads a training set ahead of time, in processes that live as long as the loader: where
     Python starts each from nothing, that takes seconds, too long for every epoch.
@@ -563,7 +569,8 @@ class Loader:
         self.examples, self.order = examples, []
         self.loader = torch.utils.data.DataLoader(
             examples, batch_size, sampler=self.order, num_workers=workers, pin_memory=pin,
-            drop_last=batch_size is not None, persistent_workers=workers > 0)
+            drop_last=batch_size is not None, persistent_workers=workers > 0,
+            worker_init_fn=ignore_interrupt)
 
     def read(self, epoch: int, order: Iterable[int]) -> Iterator[dict]:
         """These examples in this order, augmented as in this epoch."""

@@ -163,6 +163,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(name, extra, number, code)
     assert_same_state("r", "whole")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_interrupted_with_its_data_processes_beside_it(start):
+    """Ctrl-C goes to all of them, also where Python starts them from nothing."""
+    program = (f"import multiprocessing as m; m.set_start_method({start!r}); import pix2pix; "
+               f"pix2pix.main({(tiny('pix2pix') + ' --workers 1 --save-every 1 --out r').split()})")
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)})
+    deadline = time.time() + 90
+    while not Path("r/checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert f"stopped at step {stored('r')['step']}" in out
+
+
 def test_scripts_import_without_a_warning():
     Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}")
     result = shell("-W error all_of_them.py")
