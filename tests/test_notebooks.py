@@ -62,6 +62,17 @@ def test_as_committed_it_was_executed_in_order_and_is_small(path):
     assert "/tmp/" not in json.dumps(notebook) and "/home/" not in json.dumps(notebook)
 
 
+@each_notebook
+def test_the_code_that_it_shows_is_the_scripts(path):
+    """Listings are outputs: a script may have changed since."""
+    lines = {line.strip() for script in SCRIPTS.glob("*.py")
+             for line in script.read_text().splitlines()}
+    listings = re.findall(r"```python\n(.*?)```", texts(read(path)), re.DOTALL)
+    assert len(listings) > 4
+    assert not [line for text in listings for line in text.splitlines()
+                if line.strip() not in lines]
+
+
 def execute(path) -> nbformat.NotebookNode:
     notebook = read(path)
     assert answered(notebook) >= 4
