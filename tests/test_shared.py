@@ -171,7 +171,8 @@ def test_interrupted_with_its_data_processes_beside_it(start):
                f"pix2pix.main({(tiny('pix2pix') + ' --workers 1 --save-every 1 --out r').split()})")
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)})
+                               env=os.environ | {"OMP_NUM_THREADS": "1",
+                                                 "PYTHONPATH": str(SCRIPTS)})
     deadline = time.time() + 90
     while not Path("r/checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.02)
