@@ -211,8 +211,8 @@ def steps_table(names: list[str], options: argparse.Namespace) -> None:
           f"{', compiled' * options.compile}; best 3x3 convolution {peak:.0f} GFLOP/s; medians of "
           f"{options.repeats} steps.\nreleased: the authors' step on an idle two-core machine, in "
           f"{'CPU seconds with one thread' if by_cpu else 'seconds with two threads'}, and its "
-          "GFLOP; then its time over ours. That machine's best convolution had 255 GFLOP/s with two\n"
-          "threads: where yours has another, so has the ratio.")
+          "GFLOP; then its time over ours. That machine's best convolution had 255 GFLOP/s\n"
+          "with two threads: where yours has another, so has the ratio.")
     line("configuration", "size", "s/step", "CPU s", "images/s", "GFLOP", "GFLOP/s", "of peak",
          "GiB", *(("released", "GFLOP", "faster") if options.gpu < 0 else ()))
     for name in names:
