@@ -561,14 +561,18 @@ class Loader:
     Args:
         examples: a dataset whose index may be (epoch, i), since each process has a copy of it.
         batch_size: examples per batch; None yields each by itself.
-        workers: processes; 0 reads when asked.    pin: into memory that a GPU copies by itself.
+        workers: processes; 0 reads when asked; None is 4 where a GPU is to be fed from `files`,
+            being too fast for one process that also trains.
+        device: that of the training; a GPU copies from pinned memory by itself.
     """
 
-    def __init__(self, examples: torch.utils.data.Dataset, batch_size: int | None, workers: int,
-                 pin: bool = False):
-        self.examples, self.order = examples, []
+    def __init__(self, examples: torch.utils.data.Dataset, batch_size: int | None,
+                 workers: int | None, device: torch.device = torch.device("cpu"),
+                 files: bool = False):
+        self.examples, self.order, cuda = examples, [], device.type == "cuda"
+        workers = (4 if cuda and files else 0) if workers is None else workers
         self.loader = torch.utils.data.DataLoader(
-            examples, batch_size, sampler=self.order, num_workers=workers, pin_memory=pin,
+            examples, batch_size, sampler=self.order, num_workers=workers, pin_memory=cuda,
             drop_last=batch_size is not None, persistent_workers=workers > 0,
             worker_init_fn=ignore_interrupt)
 

@@ -1158,10 +1158,7 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
 
 
 def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
-    """The training set, read ahead; a GPU is too fast for one process that also trains."""
-    cuda = device.type == "cuda"
-    workers = (4 if cuda and cfg.data else 0) if cfg.workers is None else cfg.workers
-    return common.Loader(train_set, cfg.batch_size, workers, cuda)
+    return common.Loader(train_set, cfg.batch_size, cfg.workers, device, files=bool(cfg.data))
 
 
 def epoch_batches(loader: common.Loader, cfg: Config, state: State):

@@ -18,6 +18,7 @@ import test_crn_imle_contract
 import test_lab2pix_contract
 import test_pix2pix_contract
 import test_pix2pixhd_contract
+from test_readme import SCORER
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -114,7 +115,6 @@ def test_this_gpu_computes_learns_and_refuses_strangers(gpu):
         net(torch.zeros(2, 3, 8, 8))
 
 
-SCORER = "--limit 2 --vgg random --scorer-width 2 --scorer-steps 2"
 EVERY_MODE = {
     "pix2pix": f"""{test_pix2pix_contract.TINY} --steps 2 --loss cGAN
         {test_pix2pix_contract.TINY} --steps 2
@@ -150,4 +150,4 @@ def test_every_mode_keeps_to_its_device(name, gpu):
     main = importlib.import_module(name).main
     label_map(Path("a.png"))
     for line in EVERY_MODE[name].splitlines():
-        main(f"{line.replace('--gpu -1', '')} --gpu 0".split())
+        main(f"{line} --gpu 0".split())            # of two --gpu the last counts
