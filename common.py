@@ -1,4 +1,7 @@
-"""What the four scripts share: data loading, the built-in streets, VGG features and the FCN scorer.
+"""What the four scripts share: settings, data, the streets, VGG, the FCN scorer, a run's files.
+
+What would be word for word the same in four files stands here once: how a setting becomes a flag,
+the loader, and how a run's files are written and read. The rest is data, and networks that judge.
 
 A dataset is a folder in any common layout, found by the table LAYOUTS below; adding a layout is
 adding a row. Without a folder there are the streets: a procedural set whose true distribution is
@@ -12,28 +15,42 @@ known. Every item is a dict of public names, the same in all files:
 
 What a user can get wrong raises UserError with one line: file or value, what is wrong, the cure.
 
-Contents    1 Class tables   2 Files   3 Dataset   4 Data doctor   5 Streets   6 VGG   7 FCN-8s
+Contents    1 Settings   2 Class tables   3 Files   4 Dataset   5 Data doctor   6 Streets   7 VGG
+            8 FCN-8s   9 Run files
 """
 
+import os
+
+# The second thread of a short loop waits for its next part by spinning. Unbounded, that takes the
+# core from whoever else computes: 2 to 14 times slower on a busy machine. Read when torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+import argparse
 import functools
 import itertools
 import math
-import os
 import pickle
 import re
 import signal
+import sys
+import time
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import IO, get_args
 
+import matplotlib.figure
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -43,14 +60,152 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, exit code 2, no traceback."""
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @functools.cache
 def notice(text: str) -> None:
     """Print what was decided on the user's behalf, once per text."""
     print(f"note: {text}".encode("utf-8", "backslashreplace").decode())    # a name may be Latin-1
 
 
-# ------------------------------------------------------------------------------- 1 Class tables
-# A row per dataset: names, colours, which classes are things (foreground), how its files count.
+# -------------------------------------------------------------------------------- 1 Settings
+
+MOST = 10 ** 9                                  # what stands for "as many as you like"
+
+
+class Within(tuple):
+    """(low, high): what a number may be, where words have a list of choices.
+
+    Iterating says it in words, for the line of error.
+    """
+
+    def __contains__(self, x) -> bool:
+        return self[0] <= x <= self[1]
+
+    def __iter__(self):
+        yield f"{self[0]} or more" if self[1] == MOST else f"{self[0]}..{self[1]}"
+
+
+COUNT, POSITIVE, SHARE = Within((0, MOST)), Within((1, MOST)), Within((0, 0.9999))
+
+
+def setting(default, text: str, choices=None, **more):
+    """A field of a script's Config: the one declaration of its default, meaning and range.
+
+    as_argument makes the flag and its line of --help from it, check_settings the check.
+    """
+    shown = ("off", "on")[default] if isinstance(default, bool) else (
+        " ".join(map(str, default)) if isinstance(default, tuple) else default)
+    shown = "" if shown in ("", None) else f" ({shown})"
+    return field(default=default, metadata={"choices": choices, "help": text + shown} | more)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(f: Field) -> tuple[type, int | str | None]:
+    """A setting's type, and how many values it holds.
+
+    int | None gives (int, None), tuple[int, int] (int, 2), tuple[str, ...] (str, "+").
+    """
+    kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type
+    parts = get_args(kind)
+    return (parts[0], "+" if ... in parts else len(parts)) if parts else (kind, None)
+
+
+def parse(words: list[str], settings: type, name: str, modes: tuple, only: dict,
+          about: str | None) -> tuple[str, dict]:
+    """A script's command line: the mode, and the settings that were given.
+
+    Each field of `settings` is a flag. `only`: the modes of those flags that not all modes know.
+    `about`: the script's docstring, whose first and last paragraphs frame the list of flags.
+    """
+    about = about or ""                         # python -OO leaves it out
+    p = argparse.ArgumentParser(
+        usage=f"{name}.py [{' | '.join(modes)}] [flags]", description=about.partition("\n\n")[0],
+        epilog=about[about.rfind("Run  "):], argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = refuse
+    p.add_argument("mode", nargs="?", default="train", help="what to do (train)")
+    for f in fields(settings):
+        p.add_argument(flag(f.name), **as_argument(f))
+    given, strange = p.parse_known_args(words)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
+    mode = given.pop("mode")
+    if strange:
+        raise UserError(f"{strange[0]}: no such flag; --help lists all")
+    if mode not in modes:
+        raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
+    for key, value in given.items():
+        if mode not in only.get(key, modes):
+            raise UserError(f"{flag(key)} goes with {' or '.join(only[key])}, not with {mode}")
+        if "" in (value if isinstance(value, tuple) else [value]):
+            raise UserError(f"{flag(key)} '': empty, as a shell variable that is not set; leave "
+                            "the flag out")
+    return mode, given
+
+
+def as_argument(f: Field) -> dict:
+    """How argparse adds the flag of a setting. Ranges are checked later, by check_settings."""
+    kind, n = kind_of(f)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
+    words = {"type": kind, "nargs": n} | f.metadata
+    if isinstance(words["choices"], Within) or not words["choices"]:    # no list to choose from
+        words |= {"choices": None, "metavar": words.get("metavar", kind.__name__.upper())}
+    return words
+
+
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
+
+
+def check_settings(cfg) -> None:
+    """Each setting of a Config has its type and lies in its range, wherever it came from."""
+    for f in fields(cfg):
+        value, allowed, (kind, n) = getattr(cfg, f.name), f.metadata["choices"], kind_of(f)
+        if value is None and f.default is None:
+            continue
+        if isinstance(value, tuple) != bool(n) or isinstance(n, int) and len(value) != n:
+            raise UserError(f"{flag(f.name)} {value}: {n or 'one'} value(s) expected")
+        for one in value if n else [value]:
+            numbers = (int, float) if kind is float else kind
+            if not isinstance(one, numbers) or isinstance(one, bool) != (kind is bool):
+                raise UserError(f"{flag(f.name)} {one}: no {kind.__name__}")
+            if allowed and one not in allowed:
+                raise UserError(f"{flag(f.name)} {one}: must be {' or '.join(map(str, allowed))}")
+
+
+def shell(main: Callable, name: str) -> None:
+    """Run a script's main; what a user can mend is one line, and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a name may hold what the console cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
+        if isinstance(error, OSError) and error.strerror:       # a full disk, permissions
+            text = f"{error.filename or 'reading or writing'}: {error.strerror}"
+        elif not isinstance(error, (UserError, OSError)):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise                           # a mistake of ours
+            text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
+                    f"bf16, helps ({text})")
+        print(f"{name}.py: error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------- 2 Class tables
+# A row per dataset: names, colours, which classes are things (counted one by one), and which
+# numbers its files use for them.
 
 def colour_wheel(n: int) -> np.ndarray:
     """n distinct colours (n, 3) uint8 by the bit pattern of Pascal VOC, for sets that have none."""
@@ -89,15 +244,7 @@ def rows(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     return tuple(cell[0].replace("_", " ") for cell in cells), colours
 
 
-CITYSCAPES = rows("""unlabeled 0 0 0, ego_vehicle 0 0 0, rectification_border 0 0 0,
-    out_of_roi 0 0 0, static 0 0 0, dynamic 111 74 0, ground 81 0 81, road 128 64 128,
-    sidewalk 244 35 232,
-    parking 250 170 160, rail_track 230 150 140, building 70 70 70, wall 102 102 156,
-    fence 190 153 153, guard_rail 180 165 180, bridge 150 100 100, tunnel 150 120 90,
-    pole 153 153 153, polegroup 153 153 153, traffic_light 250 170 30, traffic_sign 220 220 0,
-    vegetation 107 142 35, terrain 152 251 152, sky 70 130 180, person 220 20 60, rider 255 0 0,
-    car 0 0 142, truck 0 0 70, bus 0 60 100, caravan 0 0 90, trailer 0 0 110, train 0 80 100,
-    motorcycle 0 0 230, bicycle 119 11 32, license_plate 0 0 142""")
+CITYSCAPES = torchvision.datasets.Cityscapes.classes       # by id; the licence plate is last, 34
 CAMVID = rows("""sky 128 128 128, building 128 0 0, pole 192 192 128, road 128 64 128,
     pavement 60 40 222, tree 128 128 0, sign 192 128 128, fence 64 64 128, car 64 0 128,
     pedestrian 64 64 0, bicyclist 0 128 192""")
@@ -140,19 +287,26 @@ COCO_STUFF = """banner, blanket, branch, bridge, building-other, bush, cabinet, 
 
 
 def names(text: str) -> tuple[str, ...]:
+    """'wall, traffic light' -> names, wherever the lines break."""
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
+STREETS = ("sky", "building", "vegetation", "road", "sidewalk", "terrain", "wall", "pole",
+           "traffic sign", "person", "car", "truck")
 TABLES = {
-    "cityscapes": ClassTable(*CITYSCAPES, things=frozenset(CITYSCAPES[0][24:34]), scored=(
-        7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)),
+    "cityscapes": ClassTable(
+        tuple(c.name for c in CITYSCAPES), tuple(c.color for c in CITYSCAPES),
+        things=frozenset(c.name for c in CITYSCAPES if c.has_instances),
+        scored=tuple(k for k, c in enumerate(CITYSCAPES) if not c.ignore_in_eval)),
     "camvid": ClassTable(*CAMVID, things=frozenset({"car", "pedestrian", "bicyclist"}), unknown=11),
     "facades": ClassTable(*FACADES, things=frozenset(["window", "door", "balcony"]), first=1),
     "ade20k": ClassTable(names(ADE20K), unknown=0, first=1, things=frozenset(names(
         "person, car, bus, truck, van, animal, bicycle, minibike, boat, airplane, chair"))),
     "coco_stuff": ClassTable(names(COCO_THINGS) + names(COCO_STUFF),
                              things=frozenset(names(COCO_THINGS)), unknown=255),
-}                                                            # and "streets", in section 5
+    "streets": ClassTable(STREETS, tuple({c.name: c.color for c in CITYSCAPES}[name]
+                                         for name in STREETS), frozenset(STREETS[9:])),
+}
 
 
 def class_table(name: str) -> ClassTable:
@@ -161,13 +315,22 @@ def class_table(name: str) -> ClassTable:
         return TABLES[name]
     if not name.isdecimal() or not 0 < int(name) < 65536:
         raise UserError(f"--classes {name}: neither a number nor one of {', '.join(TABLES)}")
-    return ClassTable(tuple(f"class {i}" for i in range(int(name))), unknown=255)
+    unknown = 255 if int(name) < 256 else 65535              # in files of 8 and of 16 bit
+    return ClassTable(tuple(f"class {i}" for i in range(int(name))), unknown=unknown)
 
 
-# -------------------------------------------------------------------------------------- 2 Files
+# ----------------------------------------------------------------------------------- 3 Files
 
 ITEM_KEYS = ("label", "instance", "image", "input")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+# All that is ever opened, whatever a file is called: for some others Pillow starts a program.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM", "GIF")
+# How Pillow reads stored values that can be ids, and what it multiplies them by: 2 and 4 bits of
+# grey are spread over 0..255. What is not here it inverts, rounds or scales in other ways.
+ID_BITS = dict.fromkeys(("1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16N", "I;16S",
+                         "I;16BS", "I;16NS", "I;32N", "I;32S", "I;32BS", "RGB", "RGBA", "BGR",
+                         "BGRX", "BGRA"), 1)
+ID_BITS |= {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True)
@@ -178,6 +341,10 @@ class FolderLayout:
     train: tuple[str, ...] = ("train",)
     test: tuple[str, ...] = ("test", "val")
     classes: str = ""                                # a row of TABLES; "" counts the files' ids
+
+    @property
+    def first(self) -> tuple[str, str]:
+        return next(iter(self.roles.items()))
 
 
 LAYOUTS = [
@@ -209,17 +376,18 @@ LAYOUTS = [
 
 
 def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
-    """Files by key: what `*` matched, the name without its ending and the layout's suffix."""
+    """Files by key: what `*` matched, without its ending, the layout's suffix or a role's name."""
     folder = root / pattern.replace("{}", split).rpartition("/")[0]
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):    # glob finds nothing in it
         raise UserError(f"{folder}: may not be read; check its permissions")
     stem, _, ending = pattern.partition(".")
     suffix, endings = re.split(r"[*?]", stem)[-1], {f".{ending}"} if ending.isalpha() else SUFFIXES
+    words = "A|B" if role in ("A", "B") else "label|instance|inst|image|img"
     found = {}
     for path in sorted(root.glob(stem.replace("{}", split) + ".*")):
         if path.suffix.lower() not in endings or path.name.startswith(".") or not path.is_file():
             continue                             # macOS leaves "._name.png" beside name.png
-        key = re.sub(rf"({re.escape(suffix)}|_{role})$", "", path.stem)
+        key = re.sub(rf"({re.escape(suffix)}|_({words}))$", "", path.stem)
         if key in found:
             raise UserError(f"{path}: same name as {found[key]}; pairs go by name, rename one")
         found[key] = path
@@ -227,17 +395,24 @@ def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
 
 
 def detect(root: Path, photos_only: bool) -> FolderLayout:
-    """The first layout of the table whose first role has files."""
+    """The first layout of the table that has files, and most of those in its folder."""
     if not root.is_dir():
         raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
-    for layout in LAYOUTS:
-        role, pattern = next(iter(layout.roles.items()))
-        if (photos_only and role == "pair") or (not photos_only and layout.name == "photos"):
-            continue
-        if any(find(root, pattern, split, role) for split in layout.train + layout.test):
+    left_out = ["pair"] if photos_only else ["image"]        # both would take a folder of photos
+    layouts = [layout for layout in LAYOUTS if list(layout.roles) != left_out]
+    size = lambda layout: sum(len(find(root, layout.first[1], split, layout.first[0]))
+                              for split in {*layout.train, *layout.test})
+    for layout in layouts:
+        (role, pattern), n = layout.first, size(layout)
+        most = n and max(size(other) for other in layouts
+                         if other.first[1].rpartition("/")[0] == pattern.rpartition("/")[0])
+        if n < most:
+            notice(f"{n} of {most} {role} files are named as in {layout.name}; "
+                   + ("the others are left out" if 2 * n > most else "too few to be that layout"))
+        if 2 * n > most:
             return layout
     inside = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-    looked = [next(iter(layout.roles.values())).replace("{}", "train") for layout in LAYOUTS]
+    looked = [layout.first[1].replace("{}", "train") for layout in LAYOUTS]
     if any(Path(name).suffix.lower() in SUFFIXES for name in inside):
         raise UserError(f"--data {root}: photos only; colorization and inpainting can use them, "
                         "else labels or pairs are needed")
@@ -253,10 +428,10 @@ def pair_up(root: Path, layout: FolderLayout, split: str,
     `unpaired`: where names differ, A and B are two lists side by side, the shorter one repeated.
     """
     options = layout.train if split == "train" else layout.test
-    has_splits = "{}" in next(iter(layout.roles.values()))
+    first, pattern = layout.first
+    has_splits = "{}" in pattern
     for option in options if has_splits else ("",):
-        roles = {role: find(root, pattern, option, role) for role, pattern in layout.roles.items()}
-        first = next(iter(roles))
+        roles = {role: find(root, glob, option, role) for role, glob in layout.roles.items()}
         if roles[first]:
             break
     keys = sorted(roles[first])
@@ -284,12 +459,20 @@ def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
     listed = {}
     for name in ("val", "test", "train"):           # test.txt goes before val.txt
         if (root / f"{name}.txt").is_file():
-            try:
-                lines = (root / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+            try:                                    # "-sig": Windows begins a text with a mark
+                lines = (root / f"{name}.txt").read_text(encoding="utf-8-sig").split("\n")
             except UnicodeDecodeError:
                 raise UserError(f"{root / name}.txt: not UTF-8; save it as UTF-8 text")
-            stems = {Path(line.strip()).stem for line in lines}
+            stems = {Path(line.strip()).stem for line in lines if line.strip()}
             listed["train" if name == "train" else "test"] = stems
+            if stems - set(keys):
+                notice(f"{root / name}.txt: {len(stems - set(keys))} of {len(stems)} entries name "
+                       f"no file: {', '.join(sorted(stems - set(keys))[:4])}")
+    both = set(keys).intersection(*listed.values()) if len(listed) == 2 else set()
+    if both:
+        notice(f"{root}: {len(both)} files are in both lists and are left out of testing: "
+               + ", ".join(sorted(both)[:4]))
+        listed["test"] -= both
     if split in listed:
         return [key for key in keys if key in listed[split]]
     if listed:                                      # one list alone: the other split is the rest
@@ -304,12 +487,14 @@ def open_image(path: Path) -> Image.Image:
     try:
         if not path.stat().st_size:
             raise UserError(f"{path}: an empty file; delete it or download it again")
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
     except PermissionError:
         raise UserError(f"{path}: may not be read; check its permissions")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image that can be read; that is {', '.join(FORMATS)}")
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})")
     except OSError as error:
         raise UserError(f"{path}: damaged ({error}); delete it or download it again")
@@ -330,6 +515,8 @@ def read_image(path: Path) -> Tensor:
     if image.mode in ("I;16", "I;16B", "I", "F"):
         deep = pixels(path, image).astype(np.float64)
         low, high = deep.min(), deep.max()
+        if not np.isfinite(deep).all():
+            raise UserError(f"{path}: {np.sum(~np.isfinite(deep))} pixels are nan or infinite")
         notice(f"{path}: {image.mode} pixels, scaled from {low:g}..{high:g} to 0..255")
         image = Image.fromarray(np.uint8(np.round(255 * (deep - low) / max(high - low, 1e-12))))
     if image.mode in ("RGBA", "LA", "PA"):
@@ -340,27 +527,41 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
+def read_ids(path: Path, what: str) -> np.ndarray:
+    """The values stored in a label or instance map, int64: ids (H, W), or colours (H, W, 3).
+
+    Bits that were packed with a loss, or that Pillow would not give back as they are, are refused.
+    """
+    image = open_image(path)
+    packed = str(image.info.get("compression"))            # of a TIFF, which may hold a JPEG
+    if image.format in ("JPEG", "WEBP") or path.suffix.lower() in (".jpg", ".jpeg") or (
+            "jpeg" in packed or "webp" in packed):
+        raise UserError(f"{path}: a lossy {what} map; JPEG changes ids, export them as PNG")
+    codec, _, _, bits = image.tile[0] if image.tile else ("", (), 0, "")
+    bits = "P" if image.format == "GIF" else bits if isinstance(bits, str) else bits[0]
+    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0       # white is zero
+    if bits not in ID_BITS or codec.startswith("ppm") or inverted:
+        raise UserError(f"{path}: {image.format} with pixels of kind {bits or image.mode} is no "
+                        f"{what} map; save grey or palette PNG")
+    raw = pixels(path, image).astype(np.int64) // ID_BITS[bits]
+    return raw[..., :3] if raw.ndim == 3 else raw
+
+
 def read_label(path: Path, table: ClassTable) -> Tensor:
     """A label map -> (H, W) int64 ids, each checked against the table on the CPU.
 
-    Palette files give their indices, grey files (8 or 16 bit) their values, colour files are
+    Palette files give their indices, grey files (up to 16 bit) their values, colour files are
     matched against the table's palette. Ids never pass through a float or a JPEG.
     """
-    image = open_image(path)
-    if image.format in ("JPEG", "WEBP") or path.suffix.lower() in (".jpg", ".jpeg"):
-        raise UserError(f"{path}: a lossy label map; JPEG changes ids, export the labels as PNG")
-    raw = pixels(path, image)
-    if image.mode in ("RGB", "RGBA"):
-        return torch.from_numpy(match_palette(path, raw[..., :3], table))
-    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-        raise UserError(f"{path}: mode {image.mode} is no label map; save grey or palette PNG")
-    raw = raw.astype(np.int64)
-    ids = np.where(raw == table.unknown, len(table.names), raw - table.first)
-    known = (raw == table.unknown) | (raw >= table.first) & (raw < table.first + len(table.names))
-    if not known.all():
-        bad = raw[~known]
+    raw, n = read_ids(path, "label"), len(table.names)
+    if raw.ndim == 3:
+        return torch.from_numpy(match_palette(path, raw, table))
+    unknown = raw == table.unknown
+    ids = np.where(unknown, n, raw - table.first)
+    bad = raw[~unknown & ((ids < 0) | (ids >= n))]
+    if bad.size:
         hint = "0 and 255 only: a mask; divide it by 255" if set(np.unique(raw)) == {0, 255} else (
-            f"expected {table.first}..{table.first + len(table.names) - 1}"
+            f"expected {table.first}..{table.first + n - 1}"
             + (f" or {table.unknown} for unknown" if table.unknown is not None else "")
             + f"; correct the file or pass --classes {raw.max() + 1}")
         raise UserError(f"{path}: label id {bad[0]}, {hint}")
@@ -369,8 +570,7 @@ def read_label(path: Path, table: ClassTable) -> Tensor:
 
 def match_palette(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndarray:
     """(H, W, 3) colours -> (H, W) ids. A colour outside the palette is an error, not a guess."""
-    code = colours.astype(np.int64) @ (65536, 256, 1)
-    known = table.palette.astype(np.int64) @ (65536, 256, 1)
+    code, known = (c.astype(np.int64) @ (65536, 256, 1) for c in (colours, table.palette))
     values, inverse = np.unique(code, return_inverse=True)
     strange = values[~np.isin(values, known)]
     if len(strange):
@@ -381,26 +581,79 @@ def match_palette(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndar
 
 
 def read_instance(path: Path) -> Tensor:
-    """An instance map -> (H, W) int64: grey of 8, 16 or 32 bit, palette, or R + 256 G + 65536 B."""
-    image = open_image(path)
-    if image.format in ("JPEG", "WEBP"):
-        raise UserError(f"{path}: a lossy instance map; JPEG changes ids, export them as PNG")
-    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "RGB", "RGBA"):
-        raise UserError(f"{path}: mode {image.mode} is no instance map; save grey or colour PNG")
-    raw = pixels(path, image).astype(np.int64)
-    ids = raw[..., :3] @ (1, 256, 65536) if raw.ndim == 3 else raw
+    """An instance map -> (H, W) int64: grey of up to 32 bit, palette, or R + 256 G + 65536 B."""
+    raw = read_ids(path, "instance")
+    ids = raw @ (1, 256, 65536) if raw.ndim == 3 else raw
     if ids.min() < 0 or ids.max() >= 2 ** 24:   # beyond, the resizing's float32 would round
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise UserError(f"{path}: instance id {bad}, expected 0..16777215; renumber them")
     return torch.from_numpy(ids)
 
 
-# ------------------------------------------------------------------------------------ 3 Dataset
+# --------------------------------------------------------------------------------- 4 Dataset
+
+def input_files(source: str, role: str, instances: str | None = None) -> list[dict[str, Path]]:
+    """--input, a file or a folder, as `files` for a Dataset: each by itself, without a truth.
+
+    instances: --instances, for a network that needs them: the map of the one file, or a folder that
+    has a map of the same name for each; "" is refused. None: no instances are needed.
+    """
+    root, there = Path(source), Path(instances or "")
+    paths = [root] if not root.is_dir() else [
+        path for path in sorted(root.iterdir())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not paths:
+        raise UserError(f"--input {source}: a folder without images")
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError(f"--input {source}: several files of one name; outputs are named by it")
+    if instances is None:
+        return [{role: path} for path in paths]
+    if not instances:
+        raise UserError(f"--input {source}: this network needs instance maps, too; name the map, "
+                        "or the folder of maps, with --instances")
+    if there.is_file() and root.is_dir():
+        raise UserError(f"--instances {there}: one map for a folder of label maps; name a folder")
+    maps, files = {path.stem: path for path in there.iterdir()} if there.is_dir() else {}, []
+    for path in paths:
+        same = maps.get(path.stem, maps.get(path.stem.replace("labelIds", "instanceIds")))
+        files.append({role: path, "instance": there if there.is_file() else same})
+        if not files[-1]["instance"]:
+            raise UserError(f"--instances {there}: no map named {path.stem}")
+        if files[-1]["instance"].resolve() == path.resolve():
+            notice(f"{path}: ids of classes serve as ids of objects")
+    return files
+
+
+def output_names(items: "Dataset", source: str, target: Path, samples: int) -> Callable:
+    """Where output k of item i goes: i, k -> a path that holds nothing of what is read.
+
+    `target` is a file for one output of one file, a folder else. A data set's own folders are
+    refused, for what lies there is read as a part of it.
+    """
+    single = bool(source) and Path(source).is_file() and samples == 1 and not target.is_dir()
+    if not (single and target.suffix) and target.suffix.lower() in SUFFIXES:
+        raise UserError(f"--output {target}: one file for several images; name a folder")
+    paths = [] if items.layout.name == "streets" else [
+        path for files in items.files for path in files.values()]
+    folders = set() if source else {path.parent.resolve() for path in paths}
+    inputs = {(s.st_dev, s.st_ino) for s in map(os.stat, paths)}        # hard links are one file
+
+    def name(i: int, k: int) -> Path:
+        number = f"_{k + 1}" if samples > 1 else ""
+        path = target if single and target.suffix else target / f"{items.names[i]}{number}.png"
+        there = path.stat() if path.exists() else None
+        if path.parent.resolve() in folders or there and (there.st_dev, there.st_ino) in inputs:
+            raise UserError(f"--output {target}: would overwrite or join what is read, {path}")
+        return path
+
+    return name
+
 
 class Dataset(torch.utils.data.Dataset):
     """One split of a dataset in any known layout, or of the built-in streets (data="").
 
     Args:
+        files: these, {role: path} each, instead of a folder's.
         data: the folder; "" for the streets.    split: "train" or "test".
         size: (H, W) of the items; None keeps each file's own (then only batches of one).
         jitter: enlarge by 286/256 and crop back at random.    mirror: flip, half the time.
@@ -421,10 +674,14 @@ class Dataset(torch.utils.data.Dataset):
     def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
                  jitter: bool = False, mirror: bool = False, crop: tuple[int, int] = (0, 0),
                  classes: str = "", direction: str = "AtoB", photos_only: bool = False,
-                 instances: bool = True, limit: int = 0, seed: int = 0, unpaired: bool = False):
+                 instances: bool = True, limit: int = 0, seed: int = 0, unpaired: bool = False,
+                 files: list[dict[str, Path]] | None = None):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
         self.direction, self.cache, self.unpaired = direction, {}, False
-        if data:
+        if files is not None:
+            self.layout, self.files = FolderLayout("files", dict.fromkeys(files[0], "")), files
+            self.names, self.classes = [next(iter(f.values())).stem for f in files], classes
+        elif data:
             root = Path(data)
             self.layout = detect(root, photos_only)
             pairs = pair_up(root, self.layout, split, unpaired)
@@ -432,9 +689,9 @@ class Dataset(torch.utils.data.Dataset):
                 notice("no test split: training examples stand in; scores say nothing of new data")
                 pairs = pair_up(root, self.layout, "train", unpaired)
             self.names = list(pairs)[:limit or None]
-            self.unpaired = unpaired and any(
-                len({path.stem for path in files.values()}) > 1 for files in pairs.values()
-                if "A" in files)                 # two lists: what stands side by side is no pair
+            self.unpaired = unpaired and any(    # two lists: what stands side by side is no pair
+                len({re.sub("_[AB]$", "", path.stem) for path in files.values()}) > 1
+                for files in pairs.values() if "A" in files)
             if not pairs:
                 raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
                                 f"its {split} split")
@@ -451,7 +708,7 @@ class Dataset(torch.utils.data.Dataset):
             self.files, self.classes = list(range(first, first + n))[:limit or None], "streets"
             self.names = [f"street_{index:07d}" for index in self.files]
         self.table = class_table(self.classes) if self.classes else None
-        self.roles = set(self.layout.roles) if not data else set(self.files[0])
+        self.roles = set(self.files[0] if data or files else self.layout.roles)
         if self.direction == "BtoA" and "A" in self.roles and "B" not in self.roles:
             raise UserError(f"--direction BtoA: {data} has no B in its {split} split")
         self.load_size = size and tuple(round(s * 286 / 256) if jitter else s for s in size)
@@ -463,36 +720,44 @@ class Dataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    def fingerprint(self) -> list[int]:
+        """How many examples, and a checksum of their names: has the data set changed?"""
+        return [len(self), zlib.crc32("\n".join(self.names).encode("utf-8", "surrogateescape"))]
+
+    def has(self, role: str | None) -> "Dataset":
+        """Itself, where it has files of this kind ("image" may be B, and both halves of a pair)."""
+        kinds = {"A": {"A", "pair"}, "image": {"image", "B", "pair"}}.get(role, {role, None})
+        if role and not kinds & self.roles:
+            raise UserError(f"--data {self.data}: layout {self.layout.name} has only "
+                            f"{', '.join(sorted(self.roles))} files in its {self.split} split, and "
+                            f"here {role} files are needed; another --task may do without")
+        return self
+
     def count_classes(self) -> str:
         """Where the layout does not say: one more than the highest id in the first 200 files."""
         if "label" not in self.layout.roles:
             return ""
-        tops, masks, n = [], 0, len(self.files[:200])
+        ids = set()
         for files in self.files[:200]:
-            raw = pixels(files["label"], open_image(files["label"])).astype(np.int64)
-            masks += set(np.unique(raw)) == {0, 255}
-            tops.append(int(raw[raw != 255].max(initial=-1)) if raw.ndim == 2 else 0)
-        if masks == n:
+            raw = read_ids(files["label"], "label")
+            ids |= set(np.unique(raw).tolist()) if raw.ndim == 2 else {0}    # read refuses colours
+        if ids == {0, 255}:
             raise UserError(f"{self.files[0]['label']}: 0 and 255 only: a mask; divide it by 255")
-        notice(f"{max(tops) + 1} classes by the ids in {n} files (255 is unknown); "
+        unknown = 255 if max(ids) < 256 else 65535
+        n = max(ids - {unknown}, default=0) + 1
+        notice(f"{n} classes by the ids in {len(self.files[:200])} files ({unknown} is unknown); "
                "--classes N says otherwise")
-        return str(max(max(tops) + 1, 1))
+        return str(n)
 
     def check_sizes(self) -> None:
         """Partners must agree in size: the first thousand by their headers, all at first touch."""
-        if not self.data or self.unpaired:
-            return
-        for files in self.files[:1000]:
-            sizes = {}
-            for role, path in files.items():
+        for i, files in enumerate(self.files[:1000] if self.data and not self.unpaired else ()):
+            sizes = set()
+            for path in files.values():
                 with open_image(path) as image:
-                    sizes[role] = image.size
-            if len(set(sizes.values())) > 1:     # headers do not know of EXIF's turning
-                sizes = {role: pixels(path, open_image(path)).shape[1::-1]
-                         for role, path in files.items()}
-            if len(set(sizes.values())) > 1:
-                raise UserError(f"{next(iter(files.values()))}: sizes differ (width x height): "
-                                + ", ".join(f"{role} {w}x{h}" for role, (w, h) in sizes.items()))
+                    sizes.add(image.size)
+            if len(sizes) > 1:
+                self.read(i)                     # raises, unless EXIF turns the photo upright
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | str]:
         """Example i, augmented as in self.epoch; or (epoch, i), which needs no other state."""
@@ -517,7 +782,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> dict[str, Tensor | str]:
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
-        if not self.data:
+        if self.layout.name == "streets":
             if i not in self.cache:              # drawn once, at the size needed, and kept small
                 drawn = street(0, self.files[i], self.load_size or (256, 512))
                 self.cache[i] = (drawn["label"].astype(np.uint8),
@@ -549,145 +814,249 @@ class Dataset(torch.utils.data.Dataset):
         return item
 
 
-def ignore_interrupt(worker: int) -> None:
+# What asks a program to end; SIGHUP is a terminal that was closed, and unknown to Windows.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if hasattr(signal, name)]
+
+
+def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; when to stop is for the training one to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPPING:
+        if number != signal.SIGTERM:            # by which the training process ends them
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
-    """Reads a training set ahead of time, in processes that live as long as the loader: where
-    Python starts each from nothing, that takes seconds, too long for every epoch.
+    """Which image comes when. Iterating goes through what is left of the present epoch:
+
+        while not loader.over:
+            for batch in loader: ...
+
+    Order, crops and noise depend on seed, epoch and step alone, and state_dict() is the place in
+    the data: a loader that takes it up yields what the first one would have yielded. Under torchrun
+    each process reads its share, and all end at the same step.
+
+    Images are read ahead, in processes that live as long as the loader: where Python starts each
+    from nothing, that takes seconds, too long for every epoch.
 
     Args:
         examples: a dataset whose index may be (epoch, i), since each process has a copy of it.
-        batch_size: examples per batch; None yields each by itself.
-        workers: processes; 0 reads when asked; None is 4 where a GPU is to be fed from `files`,
+        batch_size: examples per batch and process.
+        workers: processes; 0 reads when asked; None is 4 where a GPU is to be fed from files,
             being too fast for one process that also trains.
-        device: that of the training; a GPU copies from pinned memory by itself.
+        device: where the batches go.
+        epochs, steps: epochs, and updates after which all is over; 0 leaves it to the epochs.
+        order: epoch -> what all processes train on in it, in this order; None: a random order.
+        per_epoch: updates of an epoch with such an order.
     """
 
-    def __init__(self, examples: torch.utils.data.Dataset, batch_size: int | None,
-                 workers: int | None, device: torch.device = torch.device("cpu"),
-                 files: bool = False):
-        self.examples, self.order, cuda = examples, [], device.type == "cuda"
-        workers = (4 if cuda and files else 0) if workers is None else workers
-        self.loader = torch.utils.data.DataLoader(
-            examples, batch_size, sampler=self.order, num_workers=workers, pin_memory=cuda,
-            drop_last=batch_size is not None, persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupt)
+    def __init__(self, examples: torch.utils.data.Dataset, batch_size: int, workers: int | None,
+                 device: torch.device, seed: int = 0, epochs: int = 1, steps: int = 0,
+                 order: Callable[[int], list] | None = None, per_epoch: int = 0):
+        self.examples, self.device, self.seed = examples, device, seed
+        self.rank, self.world = place()
+        self.per_step = batch_size * self.world
+        self.per_epoch = per_epoch or len(examples) // self.per_step
+        if not self.per_epoch:
+            raise UserError(f"--batch-size {batch_size}: a step needs {self.per_step} images, "
+                            f"training has {len(examples)}")
+        self.order = order
+        self.total = min(steps or math.inf, epochs * self.per_epoch)
+        self.step = self.epoch = self.seen = 0  # updates; epochs; images of this epoch
+        self.over, self.indices = False, []
+        self.begun, self.counted, self.waited = time.time(), 0, 0.0
+        cuda = device.type == "cuda"
+        workers = (4 if cuda and examples.data else 0) if workers is None else workers
+        self.batches = torch.utils.data.DataLoader(
+            examples, batch_size, sampler=self.indices, num_workers=workers, pin_memory=cuda,
+            drop_last=True, persistent_workers=workers > 0, worker_init_fn=ignore_signals)
 
-    def read(self, epoch: int, order: Iterable[int]) -> Iterator[dict]:
-        """These examples in this order, augmented as in this epoch."""
-        self.order[:] = [(epoch, i) for i in order]
+    def shuffled(self, epoch: int) -> list[int]:
+        """Every example once, but for a last batch that would not be full."""
+        chance = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(len(self.examples), generator=chance).tolist()
+        return order[:self.per_epoch * self.per_step]
+
+    def __iter__(self) -> Iterator[dict]:
+        order = (self.order or self.shuffled)(self.epoch)
+        mine = order[self.seen + self.rank::self.world]
+        self.indices[:] = [(self.epoch, i) for i in mine]
+        batches, clock = self.read(), time.time()
+        while not self.over and (batch := next(batches, None)) is not None:
+            self.waited += time.time() - clock
+            noise = (self.seed * 10 ** 9 + self.step) * self.world + self.rank
+            torch.manual_seed(noise % 2 ** 63)
+            self.step, self.seen = self.step + 1, self.seen + self.per_step
+            self.over = self.step >= self.total
+            yield to_device(batch, self.device)
+            clock = time.time()
+        if not self.over:
+            self.epoch, self.seen = self.epoch + 1, 0
+
+    def read(self) -> Iterator[dict]:
+        """Batches of self.indices; what went wrong in a data process, as the one line it was."""
         try:
-            yield from self.loader
+            yield from self.batches
         except UserError as error:              # a data process wraps it in its own traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"--workers {self.batches.num_workers}: a data process was ended from "
+                            "outside, by a lack of memory perhaps; fewer need less")
+
+    def speed(self) -> dict[str, str]:
+        """Images per second, and the share of time spent waiting for them, since the last call."""
+        span, images = time.time() - self.begun, (self.step - self.counted) * self.per_step
+        shown = {"images/s": f"{images / span:.3g}", "wait": f"{self.waited / span:.2f}"}
+        self.begun, self.counted, self.waited = time.time(), self.step, 0.0
+        return shown
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "epoch": self.epoch, "seen": self.seen,
+                "examples": self.examples.fingerprint()}
+
+    def load_state_dict(self, stored: dict) -> None:
+        numbers = [stored[k] for k in ("step", "epoch", "seen")]
+        if not all(isinstance(n, int) and 0 <= n < 2 ** 53 for n in numbers):
+            raise ValueError(f"step, epoch, seen: {numbers}")
+        self.step, self.epoch, self.seen = numbers
+        self.counted = self.step
+        if stored["examples"] != self.examples.fingerprint():
+            notice("the data set is not the one that this run began with: what follows differs "
+                   "from what an uninterrupted run would have given")
 
 
-# -------------------------------------------------------------------------------- 4 Data doctor
+def same_classes(dataset: Dataset, trained: str) -> None:
+    """Refuses data whose layout says other classes than the checkpoint's: an id means another."""
+    own = dataset.layout.classes
+    if own not in ("", trained):
+        raise UserError(f"--data {dataset.data}: layout {dataset.layout.name} has the classes of "
+                        f"{own}, the checkpoint those of {trained or 'none'}; if the ids mean the "
+                        f"same, say --classes {trained}")
+
+
+def to_float(output):
+    """float32 of a tensor, or of every tensor in a list or a dict: what autocast has left."""
+    if isinstance(output, dict):
+        return {name: each.float() for name, each in output.items()}
+    return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on the device; names stay as they are."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
+
+
+def batch_of_one(item: dict, device: torch.device) -> dict:
+    """One item of a dataset as a batch on the device."""
+    return {k: v[None].to(device) if torch.is_tensor(v) else v for k, v in item.items()}
+
+
+def mirror_pad(x: Tensor, multiple: int, least: int = 0) -> Tensor:
+    """(..., H, W) mirrored back and forth up to multiples, and to `least`; F.pad reflects by n - 1
+    at most."""
+    for dim in (-2, -1):
+        n = x.shape[dim]
+        i = torch.arange(n + max(-n % multiple, least - n), device=x.device) % max(2 * n - 2, 1)
+        x = x.index_select(dim, torch.minimum(i, (2 * n - 2 - i).abs()))
+    return x
+
+
+# ----------------------------------------------------------------------------- 5 Data doctor
 
 def colour_label(label: Tensor, table: ClassTable) -> Tensor:
     """Ids (..., H, W) -> colours (..., 3, H, W) float32 in [-1, 1] by the table's palette."""
     palette = torch.from_numpy(table.palette).to(label.device).float() / 127.5 - 1
-    return palette[label].movedim(-1, -3)
+    return palette[label].movedim(-1, -3).contiguous()
 
 
-def describe(dataset: Dataset) -> None:
+def title(dataset: Dataset) -> str:
+    """A split in one line: its layout, and what its examples hold."""
+    kinds = ", ".join(sorted(dataset.roles))
+    way = "" if dataset.roles & {"label", "image"} else f" ({dataset.direction})"
+    return (f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
+            f"{kinds}{way}")
+
+
+def describe(*datasets: Dataset) -> None:
     """The first lines that a run prints: layout, pairs, sizes, classes seen."""
-    dataset.check_sizes()
-    first = dataset.read(0)
-    h, w = next(first[key].shape[-2:] for key in ("label", "input", "image") if key in first)
-    way = f" ({dataset.direction})" if "input" in first else ""
-    print(f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
-          f"{', '.join(key for key in first if key in ITEM_KEYS)}{way}; the first is {h}x{w}, "
-          f"used at {'its own size' if not dataset.size else '{}x{}'.format(*dataset.size)}")
-    if "label" in first:
-        n = min(len(dataset), 20)
+    for dataset in datasets:
+        dataset = getattr(dataset, "source", dataset)        # lab2pix and crn_imle wrap theirs
+        dataset.check_sizes()
+        h, w = next(v.shape[-2:] for v in dataset.read(0).values() if torch.is_tensor(v))
+        print(f"{title(dataset)}; the first is {h}x{w}, used at "
+              + ("{}x{}".format(*dataset.size) if dataset.size else "its own size"))
+        if "label" not in dataset.roles:
+            continue
+        n, names = min(len(dataset), 20), dataset.table.names
         seen = sorted({int(k) for i in range(n) for k in dataset.read(i)["label"].unique()})
-        names = [*dataset.table.names, "unknown"]
-        known = [k for k in seen if k < len(dataset.table.names)]
+        known = [k for k in seen if k < len(names)]
+        if not known:
+            raise UserError(f"--data {dataset.data}: all pixels of the first {n} label maps are "
+                            f"unknown (id {dataset.table.unknown}); there is nothing to learn")
         if known == [0] and len(seen) > 1:
             print("       only class 0 and unknown: if these are masks of 0 and 255, divide by 255")
-        print(f"       {len(known)} of {len(dataset.table.names)} classes in the first {n}: "
-              + ", ".join(names[k] for k in seen[:12]) + (", ..." if len(seen) > 12 else ""))
+        print(f"       {len(known)} of {len(names)} classes in the first {n}: "
+              + ", ".join([*names, "unknown"][k] for k in seen[:12]) + ", ..." * (len(seen) > 12))
 
 
-def examine(dataset: Dataset) -> tuple[list[str], list[str]]:
-    """Read every example of a split as stored -> (report lines, one line per bad file)."""
-    table, bad, sizes = dataset.table, [], {}
-    n = table.channels if table else 1
-    pixels_of, images_with, coloured = np.zeros((3, n), np.int64)
-    colour = np.zeros((n, 3))                               # sums of the photos' colours per class
-    for i in range(len(dataset)):
-        try:
-            item = dataset.read(i)
-        except UserError as error:
-            bad.append(str(error))
-            continue
-        shape = tuple(next(item[k] for k in ("label", "input", "image") if k in item).shape[-2:])
-        sizes[shape] = sizes.get(shape, 0) + 1
-        if "label" in item:
-            ids = item["label"].flatten().numpy()
-            count = np.bincount(ids, minlength=n)
-            pixels_of, images_with = pixels_of + count, images_with + (count > 0)
-            if "image" in item:
-                coloured += count
-                for c in range(3):
-                    colour[:, c] += np.bincount(ids, item["image"][c].flatten().double().numpy(),
-                                                minlength=n)
-    lines = ["sizes (height x width): " + ", ".join(
-        f"{h}x{w} ({n})" for (h, w), n in sorted(sizes.items(), key=lambda s: -s[1])[:6])]
-    if pixels_of.any():
-        lines.append(f"{'id':>4} {'class':22} {'pixels':>8} {'images':>7}   average colour")
-        for k, name in enumerate([*table.names, "unknown"][:n]):
-            if pixels_of[k]:
-                mean = colour[k] / coloured[k] if coloured[k] else ()
-                share = 100 * pixels_of[k] / pixels_of.sum()
-                lines.append(f"{k:4} {name[:22]:22} {share:7.2f}% {images_with[k]:7}   "
-                             + ", ".join(f"{c:.0f}" for c in mean))
-        lines.append(f"classes never seen: {np.sum(pixels_of == 0)} of {n}")
-    return lines, bad
+def thumbnails(item: dict, table: ClassTable | None) -> list[Tensor]:
+    """What an item is made from and its photo, (3, 128, ...) in [-1, 1], for the contact sheet."""
+    parts = [item[key] / 127.5 - 1 for key in ("input", "image") if key in item]
+    if "label" in item:
+        parts.insert(0, colour_label(item["label"], table))
+    return [F.interpolate(t[None], (128, max(1, 128 * t.shape[-1] // t.shape[-2])))[0]
+            for t in (parts * 2)[:2]]            # a photo alone stands there twice
 
 
-def check_data(datasets: list[Dataset], out: Path) -> int:
-    """The `check` mode: a report per split and a contact sheet; returns the number of bad files."""
+def check_data(datasets: list[Dataset], out: Path) -> None:
+    """The `check` mode: reads every example as stored; a report per split and a contact sheet."""
     out.mkdir(parents=True, exist_ok=True)
     total = 0
     for dataset in datasets:
-        lines, bad = examine(dataset)
-        print(f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
-              f"{', '.join(sorted(dataset.roles))}")
-        print("\n".join(f"    {line}" for line in lines + [f"BAD {b}" for b in bad[:20]]))
-        total += len(bad)
-        tiles = []
+        table, sizes, bad, tiles = dataset.table, {}, [], []
+        pixels_of, images_with = np.zeros((2, table.channels if table else 1), np.int64)
         for i in range(len(dataset)):
-            if len(tiles) == 16:
-                break
             try:
-                item = dataset[i]
-            except UserError:
+                item = dataset.read(i)
+            except UserError as error:
+                bad.append(error)
                 continue
-            source = item.get("input")
+            size = next(tuple(v.shape[-2:]) for v in item.values() if torch.is_tensor(v))
+            sizes[size] = sizes.get(size, 0) + 1
             if "label" in item:
-                source = colour_label(item["label"], dataset.table)
-            pair = [t for t in (source, item.get("image")) if t is not None]
-            tiles += [F.interpolate(t[None], (128, max(1, 128 * t.shape[-1] // t.shape[-2])))[0]
-                      for t in (pair * 2)[:2]]
+                count = np.bincount(item["label"].flatten(), minlength=len(pixels_of))
+                pixels_of, images_with = pixels_of + count, images_with + (count > 0)
+            if len(tiles) < 16:
+                tiles += thumbnails(item, table)
+        print(title(dataset))
+        print("    sizes (height x width): " + ", ".join(
+            f"{h}x{w} ({n})" for (h, w), n in sorted(sizes.items(), key=lambda s: -s[1])[:6]))
+        for k in np.flatnonzero(pixels_of):
+            print(f"    {k:4} {[*table.names, 'unknown'][k][:22]:22} in {images_with[k]} images, "
+                  f"{100 * pixels_of[k] / pixels_of.sum():.2f}% of all pixels")
+        if pixels_of.any():
+            print(f"    classes never seen: {np.sum(pixels_of == 0)} of {len(pixels_of)}")
+        for error in bad[:20]:
+            print(f"    BAD {error}")
+        total += len(bad)
         if tiles:
             width = max(t.shape[-1] for t in tiles)
             tiles = [F.pad(t, (0, width - t.shape[-1]), value=1) for t in tiles]
             path = out / f"contact_{dataset.split}.png"
             torchvision.utils.save_image(tiles, path, nrow=4, normalize=True, value_range=(-1, 1))
             print(f"    contact sheet: {path}")
-    return total
+    if total:
+        raise UserError(f"--data {datasets[0].data}: {total} bad file(s), listed above")
 
 
-# ------------------------------------------------------------------------------------ 5 Streets
+# --------------------------------------------------------------------------------- 6 Streets
 #
-# A street is drawn in two steps, and only the second is random given the layout:
+# A street is drawn in four steps, of which the first and the third draw random numbers:
 #
-#   street_scene(seed, index)   where everything stands, in metres          the layout's randomness
+#   street_scene(seed, index)   where everything stands, in metres          random
 #   paint(scene, size)          label map, instance map, hidden detail      deterministic
 #   draw_style(layout, rng)     time of day, weather, palette, car colours  p(style | layout), known
 #   render(layout, style)       the photo under this style, without grain   deterministic
@@ -696,14 +1065,8 @@ def check_data(datasets: list[Dataset], out: Path) -> int:
 # World coordinates are metres: x to the right of the road's centre line, y up, z ahead of the lens.
 # A point is seen at u = u0 + (x - x_cam) / z and v = v0 + (y_cam - y) / z, in units of the image
 # height, (u0, v0) the vanishing point: a wider image shows more of the same street.
-STREET_CLASSES = [  # name, Cityscapes' colour, whether it comes in instances
-    ("sky", (70, 130, 180), False), ("building", (70, 70, 70), False),
-    ("vegetation", (107, 142, 35), False), ("road", (128, 64, 128), False),
-    ("sidewalk", (244, 35, 232), False), ("terrain", (152, 251, 152), False),
-    ("wall", (102, 102, 156), False), ("pole", (153, 153, 153), False),
-    ("traffic sign", (220, 220, 0), False), ("person", (220, 20, 60), True),
-    ("car", (0, 0, 142), True), ("truck", (0, 0, 70), True)]
-CLASS_ID = {name: k for k, (name, _, _) in enumerate(STREET_CLASSES)}
+
+CLASS_ID = {name: k for k, name in enumerate(STREETS)}
 
 STREET_GRAIN = 0.02  # sigma of the sensor noise, on [0, 1]
 TIMES = {"day": 0.55, "dusk": 0.25, "night": 0.20}
@@ -753,7 +1116,7 @@ MATERIALS = {
     "tyre": ("car", (.07, .07, .08), 0, .8, .4), "rim": ("car", (.55, .56, .58), 0, .9, .6),
     "bumper": ("car", (.20, .20, .21), .1, .9, .6), "plate": ("car", (.92, .92, .86), 0, 1, .7),
     "head": ("car", (.88, .90, .90), 0, 1, .8), "tail": ("car", (.70, .06, .05), 0, 1, .8)}
-M = {name: k for k, name in enumerate(MATERIALS)}
+M = {name: k for k, name in enumerate(MATERIALS)}    # numbers of materials; then the columns
 M_CLASS = np.array([CLASS_ID[m[0]] for m in MATERIALS.values()])
 M_RGB = np.array([m[1] for m in MATERIALS.values()], np.float32)
 M_SNOW = np.array([m[2] for m in MATERIALS.values()], np.float32)[:, None]
@@ -764,25 +1127,17 @@ M_GLOW = np.array([GLOW.get(name, (0, 0, 0)) for name in MATERIALS], np.float32)
 
 # Rows of each table: light of the sky, of the sun, of the street lamps; sky at the zenith, sky at
 # the horizon, clouds.
-AIR = {key: np.array(v, np.float32).reshape(6, 3) for key, v in {
-    ("day", "clear"): (.52, .57, .68, .72, .62, .44, 0, 0, 0,
-                       .17, .40, .78, .70, .84, .95, .97, .97, .98),
-    ("day", "overcast"): (.68, .71, .75, .04, .04, .04, 0, 0, 0,
-                          .60, .64, .69, .80, .82, .84, .47, .52, .58),
-    ("day", "snow"): (.80, .83, .88, .06, .06, .06, 0, 0, 0,
-                      .78, .80, .83, .92, .93, .94, .70, .72, .76),
-    ("dusk", "clear"): (.40, .35, .50, .72, .38, .15, .34, .22, .08,
-                        .19, .20, .46, .98, .62, .30, .93, .45, .40),
-    ("dusk", "overcast"): (.40, .37, .43, .03, .02, .02, .46, .35, .22,
-                           .33, .31, .40, .64, .52, .50, .24, .23, .31),
-    ("dusk", "snow"): (.53, .50, .60, .03, .02, .02, .36, .26, .14,
-                       .52, .49, .58, .76, .68, .68, .44, .42, .51),
-    ("night", "clear"): (.15, .19, .33, .02, .03, .06, .84, .68, .46,
-                         .035, .06, .17, .13, .20, .38, .10, .14, .26),
-    ("night", "overcast"): (.21, .18, .17, 0, 0, 0, .90, .75, .56,
-                            .20, .16, .16, .46, .34, .25, .31, .24, .20),
-    ("night", "snow"): (.28, .29, .37, 0, 0, 0, .80, .68, .55,
-                        .32, .31, .37, .54, .48, .48, .42, .39, .43)}.items()}
+AIR = {tuple(row.split()[:2]): np.array(row.split()[2:], np.float32).reshape(6, 3) for row in """
+    day clear       .52 .57 .68  .72 .62 .44    0   0   0   .17 .40 .78  .70 .84 .95  .97 .97 .98
+    day overcast    .68 .71 .75  .04 .04 .04    0   0   0   .60 .64 .69  .80 .82 .84  .47 .52 .58
+    day snow        .80 .83 .88  .06 .06 .06    0   0   0   .78 .80 .83  .92 .93 .94  .70 .72 .76
+    dusk clear      .40 .35 .50  .72 .38 .15  .34 .22 .08   .19 .20 .46  .98 .62 .30  .93 .45 .40
+    dusk overcast   .40 .37 .43  .03 .02 .02  .46 .35 .22   .33 .31 .40  .64 .52 .50  .24 .23 .31
+    dusk snow       .53 .50 .60  .03 .02 .02  .36 .26 .14   .52 .49 .58  .76 .68 .68  .44 .42 .51
+    night clear     .15 .19 .33  .02 .03 .06  .84 .68 .46  .035 .06 .17  .13 .20 .38  .10 .14 .26
+    night overcast  .21 .18 .17    0   0   0  .90 .75 .56   .20 .16 .16  .46 .34 .25  .31 .24 .20
+    night snow      .28 .29 .37    0   0   0  .80 .68 .55   .32 .31 .37  .54 .48 .48  .42 .39 .43
+    """.strip().splitlines()}
 LAMPS_ON = {"day": 0.0, "dusk": 0.55, "night": 1.0}
 HAZE = {"clear": 0.36, "overcast": 0.36, "snow": 0.34}
 
@@ -843,37 +1198,17 @@ class Scene:
     vehicles: list[Thing] = field(default_factory=list)
 
 
-@dataclass
-class Layout:
-    """What the scene looks like at one size. Public: label, instance, vehicles.
-
-    The rest is what `render` needs, on a grid twice as fine (h, w) = (2H, 2W) where not said
-    otherwise; averaging 2 x 2 samples smooths the edges of the photo, labels stay hard.
-    """
-    label: np.ndarray     # (H, W) int64, index into STREET_CLASSES
-    instance: np.ndarray  # (H, W) int64, class for stuff, 1000 * class + number for things
-    vehicles: list        # of (instance id, class name)
-    code: np.ndarray      # (h * w,) object * ROW + material
-    light: np.ndarray     # (h * w, 3) share of sky light, sun light and lamp light
-    sky: tuple            # flat indices of sky samples, (n, 4): lowness, two kinds of clouds, stars
-    glow: tuple           # flat indices of shining samples, their strength
-    halo: np.ndarray      # (H, W, 3) blur around lamps and lights
-    haze: np.ndarray      # (H, W, 1) 0 near ... 1 far
-    wet: tuple            # flat indices of ground pixels at (H, W), what they mirror, how strongly
-    flakes: np.ndarray    # (H, W, 1) falling snow
-    shades: np.ndarray    # (objects,) palette shade of a building, -1 for the rest
-    owner: np.ndarray     # (vehicles,) object number
-
-
 # Streets: the scene
 
 def street_scene(seed: int, index: int) -> Scene:
     """Street number `index` of the endless data set `seed`."""
     rng = np.random.default_rng([seed, index])
     draw = lambda low, high: low + (high - low) * rng.random()
+    any_look = lambda: int(rng.integers(1 << 30))
     scene = Scene((draw(-.09, .09), draw(.42, .49)), (draw(.1, 1.1), draw(2.1, 2.5)),
                   int(rng.choice([-1, 1])), draw(0, 100), draw(11, 15) if rng.random() < .45 else 0,
                   bool(rng.random() < .45), draw(6, 11))
+    add = lambda *thing: scene.things.append(Thing(*thing))
     for side in (-1, 1):
         z = 1.5
         while z < END:
@@ -883,22 +1218,18 @@ def street_scene(seed: int, index: int) -> Scene:
             scene.buildings.append(Building(side, z, far, height, draw(2.1, 2.9),
                                             int(rng.integers(3))))
             if garden:
-                scene.things.append(Thing("tree", side * draw(9.6, 10.5), (z + far) / 2, draw(5, 7),
-                                          int(rng.integers(1 << 30))))
+                add("tree", side * draw(9.6, 10.5), (z + far) / 2, draw(5, 7), any_look())
             z = far
         for z in np.arange(scene.lamps, 48, LAMP_GAP):
-            scene.things.append(Thing("lamp", side * 5.05, float(z), 6.0))
+            add("lamp", side * 5.05, float(z), 6.0)
             if rng.random() < .52:
-                scene.things.append(Thing("tree", side * 5.3, float(z) + draw(4, 9), draw(5, 7.5),
-                                          int(rng.integers(1 << 30))))
+                add("tree", side * 5.3, float(z) + draw(4, 9), draw(5, 7.5), any_look())
         if rng.random() < .6:
-            scene.things.append(Thing("sign", side * 4.95, draw(8, 13), 2.9, int(rng.integers(3))))
+            add("sign", side * 4.95, draw(8, 13), 2.9, int(rng.integers(3)))
         for _ in range(rng.integers(0, 4)):
-            scene.things.append(Thing("person", side * draw(5.9, 7.4), draw(9, 22), draw(1.6, 1.85),
-                                      int(rng.integers(1 << 30))))
+            add("person", side * draw(5.9, 7.4), draw(9, 22), draw(1.6, 1.85), any_look())
     if scene.zebra and rng.random() < .6:
-        scene.things.append(Thing("person", draw(-4, 4), scene.zebra + 1.2, draw(1.6, 1.85),
-                                  int(rng.integers(1 << 30))))
+        add("person", draw(-4, 4), scene.zebra + 1.2, draw(1.6, 1.85), any_look())
     x = -16.0
     while x < 16:
         width = draw(4, 8)
@@ -917,9 +1248,9 @@ def street_scene(seed: int, index: int) -> Scene:
 
 
 def vehicles_visible(scene: Scene, vehicles: list[Thing]) -> bool:
-    """Is each a fair sight (80 of 64 x 64 pixels) in the square view, and none inside another?
+    """Whether each covers 80 of 64 x 64 pixels of the square view, and no two stand in one place.
 
-    Boxes painted far to near on a small grid: the answer does not depend on the image's size.
+    Boxes are painted far to near on a small grid: the answer does not depend on the image's size.
     """
     (u0, v0), (x_cam, y_cam) = scene.vanishing, scene.camera
     grid = np.zeros((64, 64), int)
@@ -1050,7 +1381,7 @@ def post_shape(t: Thing) -> list:
     return [("steel", box(x - .045, x + .045, 0, h - .4, z)), *plate[t.detail % 3]]
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def tree_crown(kind: int) -> tuple[np.ndarray, np.ndarray]:
     """Lumps of leaves of a tree 1 m tall: outlines (9, 36, 2) and balls (9, 3) as x, y, radius."""
     rng, turn = np.random.default_rng(kind), np.linspace(0, 2 * np.pi, 36, endpoint=False)
@@ -1076,7 +1407,7 @@ def tree_shape(t: Thing) -> tuple[list, np.ndarray]:
 
 # Streets: from a scene to a layout
 
-@lru_cache(maxsize=None)
+@functools.cache
 def noise_tile(power: float) -> np.ndarray:
     """(256, 256) periodic noise with amplitude 1 / frequency^power, mean 0, variance 1."""
     rng = np.random.default_rng(7)
@@ -1108,7 +1439,7 @@ def noise(x: np.ndarray, y: np.ndarray, power: float) -> np.ndarray:
     return top + b * (low - top)
 
 
-def objects(scene: Scene, edge: float) -> tuple[list, list]:
+def objects(scene: Scene, edge: float) -> tuple[list, np.ndarray]:
     """Everything far to near as (table row, shape) and the table's row of each vehicle.
 
     A row holds x, z, side, near, bay, height, palette shade, class (-1: the material's), number,
@@ -1122,9 +1453,9 @@ def objects(scene: Scene, edge: float) -> tuple[list, list]:
     things = [t for t in scene.things
               if abs(scene.vanishing[0] * t.z + t.x - scene.camera[0]) < edge * t.z + 3]
     behind = [t for t in things if abs(t.x) > WALL]
-    street = [t for t in things if abs(t.x) <= WALL] + scene.vehicles
+    front = [t for t in things if abs(t.x) <= WALL] + scene.vehicles
     depth = lambda a: -(a.z if isinstance(a, Thing) else a.near if a.side else 1e3)
-    for a in sorted(scene.buildings + behind, key=depth) + sorted(street, key=depth):
+    for a in sorted(scene.buildings + behind, key=depth) + sorted(front, key=depth):
         if isinstance(a, Building):
             painted.append(((0, END, a.side, a.near, a.bay, a.height, a.shade, -1, 0, 0, 0, 1),
                             building_shape(a)))
@@ -1143,7 +1474,7 @@ def objects(scene: Scene, edge: float) -> tuple[list, list]:
             painted.append((row(cls=CLASS_ID["person"]), person_shape(a)))
         else:
             painted.append((row(), post_shape(a)))
-    return painted, [owner[id(v)] for v in scene.vehicles]
+    return painted, np.array([owner[id(v)] for v in scene.vehicles])
 
 
 def shadows(scene: Scene) -> list:
@@ -1166,7 +1497,11 @@ def shadows(scene: Scene) -> list:
 
 
 def rasterise(scene: Scene, size: tuple[int, int], fine: int, painted: list):
-    """Shapes -> code (h, w), sun's shadow and contact shadow (h, w) in [0, 1], halo (H, W, 3)."""
+    """Shapes -> code (h, w), cast and contact shadow (h * w,) in [0, 1], halo (H, W, 3).
+
+    A code is object * ROW + material. The sun casts the one shadow, the other is the soft dark
+    below a body; the halo is the glow around lamps.
+    """
     (H, W), (u0, v0), (x_cam, y_cam) = size, scene.vanishing, scene.camera
     scale, middle = H * fine, W * fine / 2
     canvas, cast, contact = (Image.new(m, (W * fine, H * fine)) for m in ("I", "L", "L"))
@@ -1178,24 +1513,21 @@ def rasterise(scene: Scene, size: tuple[int, int], fine: int, painted: list):
         r = scale * .0016
         pen.ellipse((x - r, y - r, x + r, y + r), fill=M["star"])
 
-    jobs = [(row * ROW + M[name], name, points) for row, (_, shape) in enumerate(painted)
+    jobs = [(pen, row * ROW + M[name], name, points) for row, (_, shape) in enumerate(painted)
             for name, points in shape]
-    dark = shadows(scene)
-    corners = [p for *_, points in jobs + dark for p in points]
-    corners = np.fromiter(itertools.chain.from_iterable(corners), float)
-    x, y, z = corners.reshape(-1, 3).T  # one projection for all: much faster than one by one
+    jobs += [(pen_contact if soft else pen_cast, 255, "", points)
+             for soft, points in shadows(scene)]
+    corners = itertools.chain.from_iterable(p for *_, points in jobs for p in points)
+    x, y, z = np.fromiter(corners, float).reshape(-1, 3).T  # one projection for all is much faster
     u, v = middle + scale * (u0 + (x - x_cam) / z), scale * (v0 + (y_cam - y) / z)
     flat, at = (np.stack([u, v], 1) - .5).ravel().tolist(), 0
-    for fill, name, points in jobs:
+    for brush, fill, name, points in jobs:
         here, at = flat[at:at + 2 * len(points)], at + 2 * len(points)
-        pen.polygon(here, fill)
+        brush.polygon(here, fill)
         if name in ("bulb", "head", "tail"):
             u, v = np.mean(here[::2]) / fine, np.mean(here[1::2]) / fine
             r = H * max(.16 / points[0][2], .008)
             pen_halo.ellipse((u - r, v - r, u + r, v + r), tuple(int(255 * c) for c in GLOW[name]))
-    for soft, points in dark:
-        here, at = flat[at:at + 2 * len(points)], at + 2 * len(points)
-        (pen_contact if soft else pen_cast).polygon(here, 255)
     contact = contact.filter(ImageFilter.BoxBlur(scale * .006))
     near = np.asarray(halo.filter(ImageFilter.BoxBlur(H * .014)), np.float32)
     wide = halo.resize((W // 2, H // 2), Image.Resampling.BOX)
@@ -1256,18 +1588,53 @@ def facades(s, y, near, bay, height, pixel) -> tuple[np.ndarray, np.ndarray]:
     return material, tone
 
 
-class Samples:
-    """One entry per sample of the fine grid: where it is, what it is and how it is lit."""
+class Layout:
+    """What a scene looks like at one size (H, W), square or wider: all but the style.
 
-    def __init__(self, scene: Scene, code: np.ndarray, table: np.ndarray):
-        (h, w), (u0, v0) = code.shape, scene.vanishing
-        self.scene, self.h, self.table = scene, h, table
+    label     (H, W) int64    index into STREETS
+    instance  (H, W) int64    class for stuff, 1000 * class + number for things
+    vehicles                  list of (instance id, class name)
+
+    The rest is what `render` needs, an entry per sample of a grid twice as fine, (h, w) = (2H, 2W),
+    where not said otherwise: averaging 2 x 2 samples smooths the edges of the photo, labels stay
+    hard. Photos of over 2 ** 20 pixels have one sample a pixel. Each sample belongs to an object,
+    a row of `table`, and is of one material.
+    """
+
+    def __init__(self, scene: Scene, size: tuple[int, int]):
+        (H, W), (u0, v0), fine = size, scene.vanishing, 2 if size[0] * size[1] <= 1 << 20 else 1
+        painted, self.owner = objects(scene, W / (2 * H))           # owner: a vehicle's object
+        code, cast, contact, self.halo = rasterise(scene, size, fine, painted)
+        (h, w), self.table = code.shape, np.array([row for row, _ in painted], np.float32).T
+        self.scene, self.h, self.shades = scene, h, self.table[6].astype(np.int64)
         self.u = np.tile(((np.arange(w) + .5 - w / 2) / h - u0).astype(np.float32), h)
         self.v = np.repeat(((np.arange(h) + .5) / h - v0).astype(np.float32), w)
         self.object, self.material = code.ravel() >> 6, (code.ravel() & 63).astype(np.uint8)
-        self.z = table[1][self.object]
+        self.z = self.table[1][self.object]
         self.tone = np.ones(h * w, np.float32)
         self.sun, self.sky = M_SUN[self.material], M_SKY[self.material]
+        self.lay_ground(cast, contact)
+        self.lay_facades()
+        self.lay_leaves()
+        self.light = np.empty((h * w, 3), np.float32)           # shares of sky, sun and lamp light
+        self.light[:, 2] = self.lamplight(contact)
+        self.light[:, 0], self.light[:, 1] = self.sky, self.sun
+        self.light *= self.tone[:, None]
+        self.code = self.object.astype(np.intp) * ROW + self.material
+        self.glow = self.where(*GLOW)                           # indices of what shines by itself
+        window = M_CLASS[self.material[self.glow]] == CLASS_ID["building"]
+        self.strength = np.where(window, self.tone[self.glow], 1)[:, None]
+        self.clouds()
+
+        centre = np.arange(h * w).reshape(h, w)[fine // 2::fine, fine // 2::fine]       # (H, W)
+        o, (cls, number) = self.object[centre], self.table[7:9].astype(np.int64)
+        self.label = label = np.where(cls[o] >= 0, cls[o], M_CLASS[self.material[centre]])
+        self.instance = np.where(label >= CLASS_ID["person"], 1000 * label + number[o], label)
+        self.vehicles = [(int(1000 * cls[k] + number[k]), STREETS[cls[k]]) for k in self.owner]
+        haze = 1 - np.exp(-self.z[centre] / 45)                 # 0 near ... 1 far
+        haze[label == CLASS_ID["sky"]] = 0
+        self.haze, self.flakes = haze[:, :, None], snowfall(size)                       # (H, W, 1)
+        self.wet = mirror(scene, label)
 
     def where(self, *names) -> np.ndarray:
         """Flat indices of the samples of these materials."""
@@ -1338,7 +1705,7 @@ class Samples:
         self.sun[side] = np.where(self.table[2][self.object[side]] == scene.sun, .9, .15)
         return lamp
 
-    def heaven(self) -> tuple:
+    def clouds(self) -> None:
         """Sky samples: gradient, clouds on a clear and on a grey day (in perspective), stars."""
         s, drift = self.where("sky", "star"), self.scene.sky
         up = np.clip(-self.v[s] / self.scene.vanishing[1], 0, 1)
@@ -1348,39 +1715,12 @@ class Samples:
         clear = np.clip(.55 * cloud + .12, 0, 1) * np.clip(up * 3, 0, 1)
         grey = np.clip(.5 + .30 * cloud, 0, 1)
         star = self.material[s] == M["star"]
-        return s, np.stack([1 - up, clear, grey, star], 1).astype(np.float32)
+        self.heaven, self.air = s, np.stack([1 - up, clear, grey, star], 1).astype(np.float32)
 
 
 def paint(scene: Scene, size: tuple[int, int]) -> Layout:
-    """Label map, instance map and hidden detail of a scene; size = (H, W), square or wider."""
-    H, W = size
-    fine = 2 if H * W <= 1 << 20 else 1
-    painted, owner = objects(scene, W / (2 * H))
-    code, cast, contact, halo = rasterise(scene, size, fine, painted)
-    table = np.array([row for row, _ in painted], np.float32).T
-    s = Samples(scene, code, table)
-    s.lay_ground(cast, contact)
-    s.lay_facades()
-    s.lay_leaves()
-    light = np.empty((code.size, 3), np.float32)
-    light[:, 2] = s.lamplight(contact)
-    light[:, 0], light[:, 1] = s.sky, s.sun
-    light *= s.tone[:, None]
-    shine = s.where(*GLOW)
-    strength = np.where(M_CLASS[s.material[shine]] == CLASS_ID["building"], s.tone[shine], 1)
-
-    centre = np.arange(code.size).reshape(code.shape)[fine // 2::fine, fine // 2::fine]
-    o, shade, cls, number = s.object[centre], *table[6:9].astype(np.int64)
-    label = np.where(cls[o] >= 0, cls[o], M_CLASS[s.material[centre]])
-    thing = np.array([c[2] for c in STREET_CLASSES])[label]
-    instance = np.where(thing, 1000 * label + number[o], label)
-    vehicles = [(int(1000 * cls[k] + number[k]), STREET_CLASSES[cls[k]][0]) for k in owner]
-    haze = 1 - np.exp(-s.z[centre] / 45)
-    haze[label == CLASS_ID["sky"]] = 0
-    code = s.object.astype(np.intp) * ROW + s.material
-    return Layout(label, instance, vehicles, code, light, s.heaven(), (shine, strength[:, None]),
-                  halo, haze[:, :, None], mirror(scene, label), snowfall(size), shade,
-                  np.array(owner))
+    """The scene at one size (H, W)."""
+    return Layout(scene, size)
 
 
 def mirror(scene: Scene, label: np.ndarray) -> tuple:
@@ -1396,7 +1736,7 @@ def mirror(scene: Scene, label: np.ndarray) -> tuple:
     return flat, np.clip(target, 0, H - 1) * W + flat % W, puddle[:, None]
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def snowfall(size: tuple[int, int]) -> np.ndarray:
     """(H, W, 1) soft flakes, the same places at every size."""
     H, W = size
@@ -1447,13 +1787,12 @@ def render(layout: Layout, style: Style) -> np.ndarray:
     image = np.take(albedo.reshape(-1, 3), flat, 0)
     image *= layout.light @ air[:3]
     if on:
-        shine, strength = layout.glow
-        image[shine] += on * strength * M_GLOW[flat[shine] % ROW]
-    where, (low, clear, grey, star) = layout.sky[0], layout.sky[1].T[:, :, None]
+        image[layout.glow] += on * layout.strength * M_GLOW[flat[layout.glow] % ROW]
+    low, clear, grey, star = layout.air.T[:, :, None]
     cloud = (.85 * clear if style.weather == "clear" else .6 * grey)
     sky = zenith + low * (horizon - zenith)
     sky += cloud * (cloud_color - sky)
-    image[where] = sky + .8 * star * (style.time == "night" and style.weather == "clear")
+    image[layout.heaven] = sky + .8 * star * (style.time == "night" and style.weather == "clear")
     if len(flat) > H * W:
         image = image.reshape(H, 2, W * 6)
         image = (image[:, 0] + image[:, 1]).reshape(H, W, 2, 3)
@@ -1481,11 +1820,135 @@ def street(seed: int, index: int, size: tuple[int, int]) -> dict:
             "image": np.round(image * 255).astype(np.uint8)}
 
 
-TABLES["streets"] = ClassTable(*zip(*[(name, colour) for name, colour, _ in STREET_CLASSES]),
-                               frozenset(name for name, _, thing in STREET_CLASSES if thing))
+# Streets: what one street can look like, exactly
+
+class Street:
+    """The oracle of one built-in street: all its modes, their probabilities, and how to tell them.
+
+    A mode is an "air" (time, weather, palette) and a colour per vehicle. A region is a vehicle,
+    another object, or the stuff of one class, from 1 % of the image on (vehicles: always). Regions
+    are compared by mean colours on [0, 1]. A vehicle's paint is taken to change its own region
+    alone (a test measures that), so that 27 x 4 renderings stand for all modes.
+    """
+
+    def __init__(self, index: int, size: tuple[int, int]):
+        self.layout = paint(street_scene(0, index), size)
+        laws = [COLOR_LAW[name] for _, name in self.layout.vehicles]
+        self.airs = list(itertools.product(TIMES, WEATHERS, PALETTES))
+        self.time = torch.tensor([list(TIMES).index(time) for time, _, _ in self.airs])
+        p = torch.tensor([p for _, p in modes(self.layout)], dtype=torch.float64)
+        self.p = p.view(len(self.airs), *map(len, laws))           # (27, n_1, n_2, ...)
+        ids, regions = np.unique(self.layout.instance, return_inverse=True)
+        self.regions = torch.from_numpy(regions.reshape(-1))
+        self.area = torch.bincount(self.regions)
+        self.own = own = [int(np.flatnonzero(ids == k)[0]) for k, _ in self.layout.vehicles]
+        self.rest = [r for r in range(len(ids)) if r not in own
+                     and self.area[r] >= 0.01 * len(self.regions)]
+        self.stuff = torch.empty(len(self.airs), len(self.rest), 3)
+        self.paint = torch.full((len(self.airs), len(own), 4, 3), torch.inf)
+        for (a, air), c in itertools.product(enumerate(self.airs), range(4)):
+            style = Style(*air, tuple(list(law)[c % len(law)] for law in laws))
+            photo = torch.from_numpy(render(self.layout, style)).permute(2, 0, 1)
+            means = self.means(photo[None] * 2 - 1)[0]
+            if c == 0:
+                self.stuff[a] = means[self.rest]
+            for v, law in enumerate(laws):
+                self.paint[a, v, c % len(law)] = means[own[v]]
+        gaps = [(a - b).abs().max() for a, b in itertools.combinations(self.stuff, 2)]
+        for v, law in enumerate(laws):
+            colours = self.paint[:, v, :len(law)].unbind(1)
+            gaps += [(a - b).abs().amax(1).min() for a, b in itertools.combinations(colours, 2)]
+        self.tau = min(gaps).item() / 2         # half the way to the nearest other mode
+
+    def means(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1] -> mean colours of all regions (n, regions, 3) on [0, 1]."""
+        values = (images.clamp(-1, 1).float().flatten(2).movedim(2, 0) + 1) / 2    # (H * W, n, 3)
+        sums = torch.zeros(len(self.area), *values.shape[1:]).index_add_(0, self.regions, values)
+        return (sums / self.area[:, None, None]).transpose(0, 1)
+
+    def read(self, images: Tensor) -> dict[str, Tensor]:
+        """The nearest mode of each image (n, 1 + vehicles), and whether it is that mode.
+
+        valid (n,): all regions within tau of it. fits (n, R): the region alone fits some mode.
+        agree (n,): every region, taken alone, votes for the same time of day. majority (n,): the
+        share of the regions' area whose vote is the most frequent one.
+        """
+        means, rows = self.means(images), torch.arange(len(images))
+        stuff = (means[:, None, self.rest] - self.stuff).abs()                # (n, 27, R, 3)
+        paint = (means[:, None, self.own, None] - self.paint).abs()           # (n, 27, V, 4, 3)
+        cost, colour = paint.sum(4).min(3)                                    # (n, 27, V)
+        air = (stuff.sum((2, 3)) + cost.sum(2)).argmin(1)
+        colour = colour[rows, air]                                            # (n, V)
+        worst = stuff[rows, air].amax((1, 2))
+        for v in range(len(self.own)):
+            worst = torch.maximum(worst, paint[rows, air, v, colour[:, v]].amax(1))
+        alone = torch.cat([stuff.amax(3), paint.amax(4).amin(3)], 2)          # (n, 27, R + V)
+        votes = self.time[torch.cat([stuff.sum(3), cost], 2).argmin(1)]       # (n, R + V)
+        area = self.area[self.rest + self.own] / self.area[self.rest + self.own].sum()
+        most = (F.one_hot(votes, len(TIMES)) * area[:, None]).sum(1)          # (n, times)
+        return {"mode": torch.cat([air[:, None], colour], 1), "valid": (worst < self.tau).float(),
+                "fits": (alone.amin(1) < self.tau).float(),
+                "agree": (votes == votes[:, :1]).all(1).float(), "majority": most.amax(1)}
+
+    def times(self, modes: Tensor) -> list[str]:
+        """The times of day of modes as `read` gives them."""
+        return [self.airs[a][0] for a in modes[:, 0]]
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """The true sampler: n photos (n, 3, H, W) in [-1, 1] of this layout."""
+        rng = np.random.default_rng([seed, 7])
+        photos = [render(self.layout, draw_style(self.layout, rng)) for _ in range(n)]
+        photos = np.stack([photo + STREET_GRAIN * rng.standard_normal(photo.shape)
+                           for photo in photos])
+        return torch.from_numpy(photos).float().clamp(0, 1).permute(0, 3, 1, 2) * 2 - 1
+
+    def measure(self, seen: dict[str, Tensor]) -> dict[str, float]:
+        """MEASURES of what `read` saw in n samples. TV is NaN where none is valid."""
+        n, p = len(seen["mode"]), self.p.flatten()
+        strides = torch.tensor([math.prod(self.p.shape[i + 1:]) for i in range(self.p.ndim)])
+        valid = (seen["mode"] * strides).sum(1)[seen["valid"] > 0]
+        count = torch.bincount(valid, minlength=len(p))
+        hit, rare, tv = (count > 0).double(), p < 0.05, (count / max(len(valid), 1) - p).abs().sum()
+        times = torch.bincount(self.time[seen["mode"][:, 0]], minlength=3) / n
+        values = [*(seen[k].mean() for k in ("valid", "fits", "agree", "majority")),
+                  hit.mean(), p[hit > 0].sum(), hit[rare].mean(),
+                  tv / 2 if len(valid) else torch.tensor(math.nan),
+                  (times - torch.tensor(list(TIMES.values()))).abs().sum() / 2,
+                  (1 - (1 - p) ** n).mean()]
+        return {name: value.item() for name, value in zip(MEASURES, values, strict=True)}
 
 
-# ---------------------------------------------------------------------------------------- 6 VGG
+MEASURES = {  # what no real dataset allows; the row of the true sampler says what can be reached
+    "joint precision": "share of samples with all regions within tau of one mode",
+    "class validity": "share of regions that alone fit some mode",
+    "T-agreement": "share of samples whose regions all vote for one time of day",
+    "T-majority": "share of a sample's area that votes for its most voted time of day",
+    "recall": "share of modes that a valid sample hits", "mass recall": "their probability",
+    "rare recall": "recall of modes below 5 %",
+    "TV": "total variation of the valid samples' modes from the truth",
+    "time TV": "the same of the times of day of all samples' nearest modes",
+    "ideal recall": "recall that n draws from the truth have on average"}
+
+
+def street_of(pair: dict) -> Street | None:
+    """The oracle of a batch of one of the built-in streets, unless its layout was edited."""
+    label = pair["label"][0].cpu().numpy()                         # (H, W)
+    oracle = Street(int(pair["name"].removeprefix("street_")), label.shape)
+    return oracle if np.array_equal(oracle.layout.label, label) else None
+
+
+def switches(modes: Tensor) -> int:
+    """How often the mode changes along a path (n, 1 + vehicles)."""
+    return int((modes[1:] != modes[:-1]).any(1).sum())
+
+
+def agreement(times: list[list]) -> float:
+    """P[two layouts show the same time of day for one noise]: times[layout][noise]."""
+    pairs = [a == b for i, x in enumerate(times) for y in times[:i] for a, b in zip(x, y)]
+    return sum(pairs) / max(len(pairs), 1)
+
+
+# ------------------------------------------------------------------------------------- 7 VGG
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # RGB, on [0, 1]
 BLOCKS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}              # convolutions before each pooling
@@ -1537,33 +2000,17 @@ def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
         stored = stored.get("scorer", stored)
     if not isinstance(stored, dict):
         stored = {}
-    files = [v for k, v in stored.items() if k.startswith(("features.", "trunk."))]
+    files = [v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
     own = list(trunk.parameters())
     shapes = [tuple(p.shape) for p in own]
     if len(files) != 2 * sum(BLOCKS[depth]) or shapes != [
             tuple(getattr(v, "shape", ())) for v in files[:len(own)]]:
         raise UserError(f"--vgg {weights}: does not hold the weights of VGG-{depth}; {ways}")
+    if not finite(dict(enumerate(files))):
+        raise UserError(f"--vgg {weights}: holds nan or infinite weights; {ways}")
     with torch.no_grad():
         for parameter, value in zip(own, files):
             parameter.copy_(value)
-
-
-def load_file(path: Path, cure: str) -> dict:
-    """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; "
-                        f"{cure}")
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch checks no sums
-            raise ValueError("wrong checksum")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {cure}")
-    except Exception as error:                  # pickle, zip and eof errors share no narrower class
-        raise UserError(f"{path}: damaged, or not plain weights ({type(error).__name__}); {cure}")
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: holds a {type(stored).__name__}, not a dict of weights; {cure}")
-    return stored
 
 
 class VGGFeatures(nn.Module):
@@ -1610,7 +2057,7 @@ class VGGFeatures(nn.Module):
         return {name: features[layer] for name, layer in self.wanted.items()}
 
 
-# -------------------------------------------------------------------------------------- 7 FCN-8s
+# ---------------------------------------------------------------------------------- 8 FCN-8s
 
 class FCN8s(nn.Module):
     """FCN-8s on VGG-16 (Long et al. 2015): the judge of the pix2pix paper's FCN-score.
@@ -1657,14 +2104,24 @@ def scored_target(label: Tensor, table: ClassTable) -> Tensor:
 
 
 @torch.enable_grad()                            # evaluation runs without; this trains
-def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str = "imagenet",
+def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str = "imagenet",
                width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 1e-4) -> FCN8s:
-    """The scorer for a dataset: read from `cache`, else trained on its real photos and kept there.
+    """The scorer for a dataset: read from `folder`, else trained on its photos and kept there.
 
-    pix2pix (Sec. 4.1) uses one trained on Cityscapes. Scores by another compare with each other and
-    with its ground-truth row, not with the paper's numbers.
+    FCN-score (pix2pix, Sec. 4.1): a network trained on real photos labels the generated ones, at
+    --size; the labels that they were made from are the truth. `confusion_matrix` counts pixels over
+    the whole test split, `segmentation_scores` makes the three numbers of it. The paper's scorer
+    was trained on Cityscapes. Scores by another compare with each other and with its row for the
+    real test photos, not with the paper's numbers.
+
+    A kept scorer is used again while the settings and the files (by size and time of change) are
+    those that it was made from.
     """
+    name = Path(train.data).resolve().name if train.data else "streets"
+    cache = folder / f"fcn8s-{name}-{train.size[0]}x{train.size[1]}.pt"
+    stats = [path.stat() for files in train.files for path in files.values()] if train.data else ()
     made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
+            "files": zlib.crc32(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()),
             "width": width, "steps": steps, "vgg": weights}
     stored = load_file(cache, "delete it; it will be trained again") if cache.is_file() else {}
     known = stored.get("made") == made
@@ -1677,7 +2134,7 @@ def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str =
     net = FCN8s(len(train.table.names), width)
     if known:
         torch.set_rng_state(rng_state)
-        net.load_state_dict(stored["scorer"])
+        fill(net, stored["scorer"], f"{cache}: scorer")
         return net.to(device).eval()
     if weights == "random":
         notice("the scorer starts from random weights, not from ImageNet's")
@@ -1707,8 +2164,128 @@ def fcn_scorer(train: Dataset, cache: Path, device: torch.device, weights: str =
     return net.eval()
 
 
+def confusion_matrix(predicted: Tensor, label: Tensor, table: ClassTable) -> Tensor:
+    """(n, n) int64 counts, row: truth, column: prediction; unknown and unscored pixels left out."""
+    n, truth = len(table.names), scored_target(label, table)
+    keep = truth != 255
+    return torch.bincount(truth[keep] * n + predicted[keep], minlength=n * n).view(n, n)
+
+
+def segmentation_scores(confusion: Tensor) -> dict[str, float]:
+    """FCN-score from counts (n, n) of pixels, row: true class, column: predicted class.
+
+    per-pixel acc    pixels labelled right, of all pixels
+    per-class acc    pixels of a class labelled right, of those that have it; mean over the classes
+    class IOU        pixels of a class labelled right, of those that have it or were labelled so;
+                     mean over the classes
+
+    All images count as one: nothing is averaged image by image. The means are over the classes that
+    occur in the truth. Released code: classes that never occur enter them as 0.
+    """
+    hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    seen = truth > 0
+    return {"per-pixel acc": (hits.sum() / truth.sum()).item(),
+            "per-class acc": (hits / truth)[seen].mean().item(),
+            "class IOU": (hits / (truth + predicted - hits))[seen].mean().item()}
+
+
+def kmeans(points: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Tensor:
+    """K-means: points (n, C) -> centres (min(k, distinct points), C), the best of ten starts.
+
+    Starts are those of k-means++: each new centre is a point drawn with probability proportional to
+    its squared distance from the nearest centre so far.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points, best = points.double().cpu(), (math.inf, None)
+    k = min(k, len(points.unique(dim=0)))
+
+    def distances(centres: Tensor) -> Tensor:   # (n, K), squared; torch.cdist would round
+        return (points[:, None] - centres).square().sum(2)
+
+    for _ in range(restarts):
+        centres = points[torch.randint(len(points), (1,), generator=generator)]
+        while len(centres) < k:
+            chance = distances(centres).amin(1)
+            new = torch.multinomial(chance / chance.max(), 1, generator=generator)
+            centres = torch.cat([centres, points[new]])
+        for _ in range(100):
+            owner = distances(centres).argmin(1)
+            sums = torch.zeros_like(centres).index_add_(0, owner, points)
+            sizes = torch.bincount(owner, minlength=k)[:, None]
+            moved = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        inertia = distances(centres).amin(1).sum().item()
+        if inertia < best[0]:
+            best = (inertia, centres)
+    return best[1].float()
+
+
+# ------------------------------------------------------------------------------- 9 Run files
+
+def load_file(path: Path, cure: str) -> dict:
+    """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; "
+                        f"{cure}")
+    if path.exists() and not path.is_file():    # a pipe would be waited for
+        raise UserError(f"{path}: not a file; {cure}")
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch checks no sums
+            raise ValueError("wrong checksum")
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {cure}")
+    except Exception as error:                  # pickle, zip and eof errors share no narrower class
+        raise UserError(f"{path}: damaged, or not plain weights ({type(error).__name__}); {cure}")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds a {type(stored).__name__}, not a dict of weights; {cure}")
+    return stored
+
+
+def fill(target, stored: dict, name: str) -> None:
+    """load_state_dict of a network, an optimiser or a Loader, whose error is one line.
+
+    An optimiser takes its moments alone, and only in the shape of its parameters: a compiled update
+    would read past the end of a smaller one. Its rates are the config's.
+    """
+    try:
+        if isinstance(target, torch.optim.Optimizer):
+            own = target.state_dict()["param_groups"]
+            sizes = [p.shape for group in target.param_groups for p in group["params"]]
+            for k, values in stored["state"].items():
+                if values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                    raise ValueError(f"parameter {k} has {', '.join(values)}")
+                for what, value in values.items():
+                    wanted = torch.Size() if what == "step" else sizes[k]
+                    if value.shape != wanted or value.dtype != torch.float32:
+                        raise ValueError(f"{what} of parameter {k} is {tuple(value.shape)}, "
+                                         f"expected {tuple(wanted)}")
+            stored = {"state": stored["state"], "param_groups": own}
+        target.load_state_dict(stored)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"{name}: another {type(target).__name__} than expected here "
+                        f"({' '.join(str(error).split()):.160})")
+    if isinstance(target, nn.Module) and not finite(target.state_dict()):
+        raise UserError(f"{name}: holds nan or infinite weights, from a run that diverged perhaps")
+
+
+def finite(part) -> bool:
+    """Whether all tensors of a state dict are finite numbers."""
+    values = part.values() if isinstance(part, dict) else [part]
+    return all(value.isfinite().all() for value in values if torch.is_tensor(value))
+
+
 def save_file(content: dict, path: Path) -> None:
-    """Write beside, flush, rename: at any moment `path` is the old file or the new, whole."""
+    """Write beside, flush, rename: at any moment `path` is the old file or the new, whole.
+
+    Weights that are nan or infinite replace no good ones.
+    """
+    for name, part in content.items():
+        if not finite(part):
+            raise UserError(f"{path}: not saved, since the {name} is nan or infinite; the last "
+                            "good one is kept. A smaller --lr may help")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1725,20 +2302,71 @@ def save_file(content: dict, path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
 
 
-def confusion_matrix(predicted: Tensor, label: Tensor, table: ClassTable) -> Tensor:
-    """(n, n) int64 counts, row: truth, column: prediction; unknown and unscored pixels left out."""
-    n, truth = len(table.names), scored_target(label, table)
-    keep = truth != 255
-    return torch.bincount(truth[keep] * n + predicted[keep], minlength=n * n).view(n, n)
+def plot_log(log: list[dict], out: Path) -> None:
+    """log.csv, and losses.png, whose curves are means over ten of its rows."""
+    lines = [log[0], *(row.values() for row in log)]
+    (out / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    figure, n = matplotlib.figure.Figure(figsize=(8, 4.5)), min(10, len(log))
+    axes = figure.subplots()
+    for name in list(log[0])[4:]:                # after step, epoch and the loader's speed
+        mean = np.convolve([float(row[name]) for row in log], np.ones(n) / n, "valid")
+        axes.plot([row["step"] for row in log[n - 1:]], mean, ".-", label=name)
+    axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(out / "losses.png", dpi=120)
 
 
-def segmentation_scores(confusion: Tensor) -> dict[str, float]:
-    """Per-pixel accuracy, per-class accuracy and class IOU, means over the classes that occur.
+def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
+    """The architecture figure as text: one training step's layers with parameters, the shape of
+    what they last gave, FLOPs, time, memory and losses."""
+    rows, size = {}, {}
+    for part, net in nets.items():
+        for name, module in net.named_modules() if net is not None else ():
+            if name and not [*module.parameters(recurse=False)]:
+                continue
+            name = f"{part}.{name}".strip(".")
+            size[name] = sum(p.numel() for p in module.parameters())
+            module.register_forward_hook(lambda module, _, y, name=name: rows.update(
+                {name: tuple(y.shape) if torch.is_tensor(y) else f"{len(y)} outputs"}))
+    with FlopCounterMode(display=False) as flops:
+        step()
+    for name, shape in rows.items():
+        print(f"{name:44}{str(shape):>22}{size[name]:14,}")
+    clock = time.time()
+    losses = {name: f"{value.item():.4f}" for name, value in step().items()}
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
+    print(f"a step: {flops.get_total_flops() / 1e9:.1f} GFLOP, {time.time() - clock:.3f} s"
+          + (f", {memory:.1f} GiB of GPU memory" if memory else "")
+          + "; losses: " + ", ".join(f"{name} {value}" for name, value in losses.items()))
 
-    Released code: classes that never occur in the truth enter the means as 0.
-    """
-    hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    seen = truth > 0
-    return {"per-pixel acc": (hits.sum() / truth.sum()).item(),
-            "per-class acc": (hits / truth)[seen].mean().item(),
-            "class IOU": (hits / (truth + predicted - hits))[seen].mean().item()}
+
+def free_folder(kind: str) -> Path:
+    """The next free runs/<kind>-N, claimed by making it."""
+    for n in itertools.count(1):
+        path = Path("runs") / f"{kind}-{n}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if Path("runs").is_file():
+                raise UserError("runs: a file; runs are kept in a folder of this name; say where "
+                                "with --out")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror}); say where with --out")
+
+
+def lock(folder: Path) -> IO:
+    """Makes a run's folder; it is this process's alone until the returned file is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})")
+    try:
+        import fcntl                            # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # gone with the process, however it ends
+    except ImportError:
+        pass
+    except OSError:
+        raise UserError(f"--out {folder}: in use, a run writes to it at this moment")
+    return file

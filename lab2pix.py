@@ -74,45 +74,67 @@ Paper                             | Released code                     | Here
     Eq. (4): sum E^2 - mu         | batch norm                        | Misprint: mu squared
     Eq. (5): gamma (BN + 1) + beta| V2 (1 + gamma) BN + beta,         | V2's, which starts at BN;
                                   |   V1 gamma IN + beta              |   --form eq5, v1code
-    BN has gamma and beta         | it has none                       | it has; files without load
+    BN has gamma and beta         | it has none                       | it has both; in released
+                                  |                                   |   files they are 1 and 0
+    BN at test time: not said     | V1 instance norm; V2 averages     | V1 the image's own; V2
+                                  |   of training                     |   averages; --test-norm
+    V1's blocks as V2's (Sec. 4.1)| instance norm, ReLU, no spectral  | V2's block, with spectral
+                                  |   norm, no identity shortcut      |   norm; --form v1code
     V2 takes z                    | V2: the small label map instead   | z; --first label
     z and sketch concatenated     | V1: z computed, then unused       | concatenated
     labels are resized            | V1: max-pooled ids                | nearest; sketches averaged
     A_m from features and label   | V1: from normalised convolutions  | paper; --form v1code
     two encoder blocks in V2      | three, as SPADE                   | three; A_s is SPADE
+    Eq. (23): three D in V2,      | two, three in V2-H                | two, three in V2-H;
+      Sec. 5.2: two               |                                   |   --scales
     Eq. (10): G and D share L^R   | hinge: G minimises -D             | as released
-    (12-13): sum over D_i         | V2: a mean with slipped weights   | sum
-    W of its own sample           | V2: the batch's mean, by accident | its own
+    (12-13): sum over D_i         | V2: a mean, with weights 1/3, 1/2 | sum, weights 1 as printed
+    W of its own sample           | V1, V2: the batch's mean, by      | its own
+                                  |   accident                        |
     Y^f: halved and doubled       | V2: the full image alone          | every Y_i, average pool
-    Eq. (18): a norm              | V1: mean square, VGG-19           | norm, per image
+    norms ||.||_1 in (28), (29)   | means                             | means
+    Eq. (18): a norm ||.||_2      | V1: mean square, VGG-19           | the norm itself, per image
     Eq. (19): size not said       | S_i enlarged to the label         | the same
+    ICNet                         | conv4_4 lacks its skip            | all blocks have theirs
     a sketch has two classes      | V1: regression to the sketch      | two classes
     four losses in V1             | a fifth, VGG-19 to a random photo | four
     VGG-16 as trained on ImageNet | V1: overwritten by random numbers | as trained
-    VGG's input not stated        | V1, (28): [-1, 1] as it is        | normalised; --vgg-raw
+    VGG's input not stated        | raw [-1, 1] in VGG-19 and in V1;  | normalised in both;
+                                  |   V2's VGG-16 normalised          |   --vgg16-raw, --vgg19-raw
     Eq. (28): sum over scales;    | full size alone; sum over layers, | paper; --released-losses
       (29): mean over layers      |   mean over D_i                   |
+    weights of (28) for ImageNet  | the same                          | the same; reversed if the
+                                  |                                   |   VGG is random, ours
     lr 2e-4 for all               | V2: G 1e-4, D 4e-4                | paper; --ttur
     lambda_2 rises from 0 to 1    | V1: off unless asked              | rises
     norms of D not stated         | V1 instance norm; V2 with         | as released; --d-norm
                                   |   spectral norm besides           |
+    spectral norm not mentioned   | 3 power iterations a step in V2,  | 3 in V2: its parts of one
+                                  |   2 in SPADE                      |   step judge with one norm
     V2's input: the label         | and the instances' edges          | with them; --no-edges
     a sketch's encoder not shown  | V1: five 3 x 3 after a 5 x 5      | as released
-    initialisation not stated     | V1 N(0, 0.02); V2 Xavier, skips   | so, nothing skipped
-                                  |   layers with spectral norm       |
-    foreground not listed         | Cityscapes; ADE20K, COCO by ids   | as released, ids shifted
-                                  |   off by one                      |   to where they belong
+    initialisation not stated     | V1 N(0, 0.02), but linear layers  | V1 N(0, 0.02), V2 Xavier,
+                                  |   and biases as PyTorch's, BN's   |   in all layers; biases 0,
+                                  |   gain N(1, 0.02); V2 Xavier,     |   gains 1; --gain
+                                  |   skips layers with spectral norm |
+    which photo meets which label | V1: any, drawn with replacement   | each photo once an epoch,
+                                  |                                   |   never with its own label
+    foreground not listed         | Cityscapes, in V1 three more ids; | as released, ids shifted
+                                  |   ADE20K, COCO by ids off by one  |   to where they belong
     baseline's D not described    | SPADE's D in V2                   | SPADE's, in Eq. (10-16)
     z at test time                | V1: the mean of ten draws         | N(0, I); --truncation
+    pictures of 8 bits            | cut off                           | rounded
     FCN, DRN-D-105, DeepLab score | not released                      | FCN-8s, on your photos
     FID                           | not released                      | VGG distance; --inception
+    released weights              | G, D, S of V1, G of SPADE         | G alone: it is what paints
 
 Run         python lab2pix.py                               built-in streets, minutes on a laptop
             python lab2pix.py --version V1                  the same, without a single pair
             python lab2pix.py --data ./cityscapes --gpu 0   the last line of Table 2
+            python lab2pix.py sample --samples 3            three outputs for each test layout
 """
 
-import argparse
+import atexit
 import copy
 import json
 import math
@@ -120,106 +142,170 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.figure
+import common                                   # before torch: it says how torch's threads wait
+
 import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DistributedSampler, default_collate
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-import common
-from common import UserError, class_table, colour_label, notice
+from common import (
+    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, class_table, colour_label, flag,
+    notice, setting)
 
-# --------------------------------------------------------------------------------- 1 Config
+# ---------------------------------------------------------------------------------- 1 Config
 
 @dataclass
 class Config:
-    """The defaults are the paper's for V2 on Cityscapes (Sec. 5.2); VERSIONS has the others."""
-    # The task
-    data: str = ""                   # folder; "" is the built-in streets
-    version: str = "V2"              # V1 without pairs, V2 with, V2-H at 512 x 1024     Sec. 4
-    ablation: str = ""               # the row of Table 1 or 2 that these settings are; a note
-    task: str = "labels"             # or sketch (1 channel, given), edges (made from the photos)
-    direction: str = "AtoB"          # of pairs of images: which half is the sketch
-    classes: str = ""                # a table of common.py, or a number; "" asks the data
-    edges: bool = True               # V2: instances' edges beside the labels; released code
-    size: tuple[int, int] = (256, 512)       # height, width of the images, pixels       Sec. 5.2
-    jitter: bool = False             # enlarge by 286/256 and crop; released, COCO and ADE20K
-    mirror: bool = True              # flip left and right, half the time; released code
-    limit: int = 0                   # use the first so many examples; 0 is all
-    # The generator
-    width: int = 64                  # channels before the output; the first feature has 16 times
-    ups: int = 6                     # doublings in G; released code: 6, 5 at 256 x 256, 7 in V2-H
-    noise: int = 128                 # length of z                                       Sec. 4.1.1
-    first: str = "noise"             # the first feature from z, or from the label (SPADE)
-    dgnorm: bool = True              # global encoder and DG-Norm; without: SPADE        Sec. 3.1.2
-    form: str = "paper"              # (1 + gamma) BN + beta; eq5: as printed; v1code: see the table
-    smooth: bool = False             # enlarge features bilinearly: ours, against stripes
-    gain: float = 0.02               # of Xavier's initial weights, SPADE's; 0: N(0, 0.02), as V1
-    loud: bool = False               # labels are seen in G's first images: ours, for short V1 runs
-    pg: bool = False                 # progressive generation: V1's three outputs        Sec. 4.1.1
-    lsca: bool = False               # co-attention, in V1 only                          Sec. 3.1.3
-    # The discriminators
-    discriminator: str = "hpd"       # hierarchical and perceptual; or patch, SPADE's    Sec. 3.2.1
-    d_width: int = 64                # channels after the first layer of D; released code
-    d_norm: str = "both"             # of D: instance (released V1), spectral, or both (V2)
-    scales: int = 2                  # of D_3, D_2, D_1 the first so many                Sec. 5.2
-    # The objective
-    gan: str = "hinge"               # V2; vanilla in V1                                 Sec. 5.2
-    T: float = 5.0                   # foreground weighs T times the background; 1: W = 1  Sec. 5.2
-    lambda_2: float = 1.0            # sharpness enhancement, Eq. (16) and (30)          Sec. 5.2
-    ramp: bool = False               # lambda_2 rises from 0 over the run: V1            Sec. 5.2
-    lambda_3: float = 0.0            # image consistency, Eq. (18); 5e-6 in V1           Sec. 5.2
-    lambda_4: float = 0.0            # cycle segmentation, Eq. (19); 10 in V1            Sec. 5.2
-    lambda_5: float = 10.0           # perceptual loss, Eq. (28)                         Sec. 5.2
-    lambda_6: float = 10.0           # feature matching, Eq. (29)                        Sec. 5.2
-    released_losses: bool = False    # Eq. (28) at full size alone; (29) over layers a sum
-    s_width: int = 32                # channels after the first layer of S_i; released code
-    s_size: int = 256                # S_i sees squares of so many pixels; released code
-    # Training
-    epochs: int = 200                # passes over the training set                      Sec. 5.2
-    decay: bool = True               # in the second half the rate falls; 100 + 100      Sec. 5.2
-    steps: int = 0                   # end after so many updates; 0 leaves it to epochs
-    batch_size: int = 20             # per process; the paper's 20 were on four GPUs     Sec. 5.2
-    lr: float = 2e-4                 # Adam's, all networks                              Sec. 5.2
-    ttur: bool = False               # released V2: half of it for G, twice for D
-    betas: tuple[float, float] = (0.0, 0.9)      # Adam's; (0.5, 0.999) in V1           Sec. 5.2
-    seed: int = 0                    # of initialisation, order, flips and z
-    init: tuple[str, ...] = ()       # start from these weights: ours, or released ones
-    save_every: int = 0              # steps between checkpoints and grids; 0 is each epoch
-    # VGG, test time and evaluation
-    vgg: str = "imagenet"            # VGG-16's and VGG-19's weights: imagenet, random, or a file
-    vgg_width: int = 64              # 64 is VGG; less, with vgg random, for small studies
-    vgg_raw: bool = False            # VGG sees [-1, 1]; else ImageNet's mean and deviation
-    truncation: float = 1.0          # deviation of z at test time; released V1: 0.316
-    inception: str = ""              # Inception-V3 for FID: imagenet or a file; "" leaves it out
-    scorer_width: int = 64           # FCN-8s scorer: 64 is VGG-16
-    scorer_steps: int = 2000         # ours: batches of four photos that the scorer trains on
-    # The machine
-    gpu: int | None = None           # CUDA device; -1 the CPU; None the first GPU, else the CPU
-    workers: int | None = None       # data processes; None is 4 with a GPU, else 0
-    precision: str = "fp32"          # or bf16: autocast around the networks
-    compile: bool = False            # torch.compile the networks
-    channels_last: bool | None = None    # memory order; None is on with a GPU, off on the CPU
-    out: str = ""                    # the run's folder; "" is the next free runs/lab2pix-N
+    """Every setting is a flag. The defaults are the paper's for V2 on Cityscapes, Sec. 5.2.
+
+    What the paper has no name for follows the released code, and says so; "ours" is in neither.
+    """
+    # The task. A map M goes in and a photo comes out. V2 learns from pairs of map and photo, V1
+    # from maps and photos that have nothing to do with each other, V2-H is V2 for large images.
+    # M is a label map, one channel per class, or in V1 a sketch of one channel.
+    data: str = setting("", "folder, in any known layout; none: the built-in streets")
+    version: str = setting("V2", "without pairs, with, at 512 x 1024; Sec. 4", ("V1", "V2", "V2-H"))
+    ablation: str = setting("", "a row of Table 1 (A_u .. H_u) or of Table 2 (A_s .. E_s)")
+    task: str = setting("labels", "V1: or from sketches, given ones or edges of the photos",
+                        ("labels", "sketch", "edges"))
+    direction: str = setting("AtoB", "which half of a pair is the sketch", ("AtoB", "BtoA"))
+    classes: str = setting("", "a table of common.py, or a number; none: asks the data")
+    edges: bool = setting(True, "V2: edges of the instances beside the labels; released code")
+    size: tuple[int, int] = setting((256, 512), "height, width in pixels, Sec. 5.2", POSITIVE)
+    jitter: bool = setting(False, "enlarge by 286/256 and crop; released code, COCO and ADE20K")
+    mirror: bool = setting(True, "flip left and right, half the time; released code")
+    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    # The generator. Every width is a multiple of `width`: 64 gives the networks of the paper, less
+    # gives thin ones of the same form. One block stands before or after each doubling, so `ups`
+    # also says how small the first feature is: the image's sides by 2^ups. `first`, `dgnorm`, `pg`
+    # and `lsca` are the switches of the ablation tables.
+    width: int = setting(64, "channels before the output; 16 times as many at first", POSITIVE)
+    ups: int = setting(6, "doublings in G; 5 at 256 x 256, 7 in V2-H and V1", Within((4, 8)))
+    noise: int = setting(128, "length of z, Sec. 4.1.1", POSITIVE)
+    z_size: tuple[int, int] | None = setting(None, "size f_z is made for; none: --size", POSITIVE)
+    first: str = setting("noise", "first feature from z, or as in SPADE", ("noise", "label"))
+    dgnorm: bool = setting(True, "global encoder and DG-Norm, Sec. 3.1.2; without: SPADE")
+    form: str = setting("paper", "of Eq. (5): see the table on top", ("paper", "eq5", "v1code"))
+    smooth: bool = setting(False, "enlarge features bilinearly: ours, against stripes")
+    gain: float = setting(0.02, "of Xavier's initial weights, SPADE's; 0: N(0, 0.02), V1's", COUNT)
+    loud: bool = setting(False, "labels are seen in G's first images: ours, for short V1 runs")
+    pg: bool = setting(False, "V1: progressive generation, three outputs, Sec. 4.1.1")
+    lsca: bool = setting(False, "V1: spatial co-attention, Sec. 3.1.3")
+    # The discriminators. D_3 judges the full image at three levels, D_2 half of it at two, D_1 a
+    # quarter at one. Of each, the first layers are its own; VGG-16 is frozen and shared by all.
+    discriminator: str = setting("hpd", "hierarchical and perceptual, Sec. 3.2.1; or SPADE's; "
+                                 "none: G alone, to test it", ("hpd", "patch", "none"))
+    d_width: int = setting(64, "channels after the first layer of D; released code", POSITIVE)
+    d_norm: str = setting("both", "of D: released V1 instance, released V2 both",
+                          ("instance", "spectral", "both"))
+    scales: int = setting(2, "of D_3, D_2, D_1 the first so many, Sec. 5.2", (1, 2, 3))
+    # The objective, Eq. (20) for V1 and Eq. (31) for V2. The lambdas carry the paper's numbers, and
+    # 0 takes a term out. Of V1's terms only lambda_4's knows of which label the image was made;
+    # V2's lambda_5 and lambda_6 compare with the one photo that belongs to the label.
+    gan: str = setting("hinge", "adversarial loss; vanilla in V1, Sec. 5.2", ("vanilla", "hinge"))
+    T: float = setting(5.0, "weight of foreground to background, Sec. 5.2; 1: no mask", POSITIVE)
+    lambda_2: float = setting(1.0, "weight of the sharpness loss, Eq. (16), (30); Sec. 5.2", COUNT)
+    ramp: bool = setting(False, "lambda_2 rises from 0 over the run: V1, Sec. 5.2")
+    lambda_3: float = setting(0.0, "weight of Eq. (18), consistency; 5e-6 in V1, Sec. 5.2", COUNT)
+    lambda_4: float = setting(0.0, "weight of Eq. (19), segmentation; 10 in V1, Sec. 5.2", COUNT)
+    lambda_5: float = setting(10.0, "weight of Eq. (28), perceptual loss, Sec. 5.2", COUNT)
+    lambda_6: float = setting(10.0, "weight of Eq. (29), feature matching, Sec. 5.2", COUNT)
+    released_losses: bool = setting(False, "Eq. (28) at full size alone, (29) a sum over layers")
+    s_width: int = setting(32, "channels after the first layer of S_i; released code", POSITIVE)
+    s_size: int = setting(256, "S_i sees squares of so many pixels; released", Within((64, 4096)))
+    # Training. Both players use Adam and take turns, one update each per batch. Half of the epochs
+    # run at the full rate, then it falls in equal steps; the last epoch still learns.
+    epochs: int = setting(200, "passes over the training set, Sec. 5.2", POSITIVE)
+    decay: bool = setting(True, "the rate falls in the second half of the epochs, Sec. 5.2")
+    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT)
+    batch_size: int = setting(20, "images per step and process, Sec. 5.2", POSITIVE)
+    lr: float = setting(2e-4, "Adam's, all networks, Sec. 5.2", Within((1e-9, 0.9)))
+    ttur: bool = setting(False, "half of it for G, twice for D; released V2")
+    betas: tuple[float, float] = setting((0.0, 0.9), "Adam's; 0.5 0.999 in V1, Sec. 5.2", SHARE)
+    seed: int = setting(0, "of initialisation, order, flips and z", COUNT)
+    init: tuple[str, ...] = setting((), "start from these weights: ours, or the authors'")
+    save_every: int = setting(0, "steps between checkpoints and grids; 0: an epoch", COUNT)
+    # VGG, test time and evaluation. Two VGGs give features, and nobody trains them: VGG-16 inside D
+    # and in Eq. (18), VGG-19 in Eq. (28). Without the download of their weights, "random" shows the
+    # method, not its quality. z is drawn anew for every image. What batch norm should use at test
+    # time is not in the paper: see test_time, and the table on top.
+    vgg: str = setting("imagenet", "weights of VGG-16 and VGG-19: imagenet, random, or a file")
+    vgg_width: int = setting(64, "64 is VGG; less with random weights, for small studies", POSITIVE)
+    vgg16_raw: bool = setting(False, "VGG-16 sees [-1, 1], not ImageNet's mean and deviation: V1's")
+    vgg19_raw: bool = setting(False, "VGG-19 sees [-1, 1], not ImageNet's mean and deviation: V2's")
+    test_norm: str = setting("running", "batch norm at test: training's averages, or its own",
+                             ("running", "image"))
+    truncation: float = setting(1.0, "deviation of z at test time; released V1: 0.316", COUNT)
+    inception: str = setting("", "evaluate: FID by Inception-V3, imagenet or a file; none: no FID")
+    scorer_width: int = setting(64, "FCN-8s scorer: 64 is VGG-16; less for small studies", POSITIVE)
+    scorer_steps: int = setting(2000, "ours: batches of four that the scorer trains on", POSITIVE)
+    # The machine. None of these changes what is computed, but for the last bits.
+    gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
+    workers: int | None = setting(None, "data processes; none: 4 with a GPU", Within((0, 256)))
+    precision: str = setting("fp32", "bf16: autocast around the networks", ("fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile the networks")
+    channels_last: bool | None = setting(None, "memory order; none: with a GPU")
+    out: str = setting("", "the run's folder; none: the next free runs/lab2pix-N")
+    # One call. These say what to do now; a checkpoint's own do not matter later.
+    preset: str = setting("", "a line of Sec. 5.2; none: toy with the streets")
+    resume: bool = setting(False, "continue the run in --out, or the newest, exactly")
+    checkpoint: tuple[str, ...] = setting((), "to test with, also the authors'; none: the newest")
+    input: str = setting("", "a file or a folder of any size; none: the test split")
+    instances: str = setting("", "the instance maps of --input, a file or a folder")
+    output: str = setting("", "a file or a folder; none: test/ in the run's folder")
+    samples: int = setting(1, "outputs per input, which differ by z", POSITIVE)
+
+    def __post_init__(self):
+        """Each setting lies in its range, and no two of them contradict each other.
+
+    Whatever makes a Config, a flag, a preset or a checkpoint, passes here.
+    """
+        # Ranges first, then contradictions. Flags, presets and stored configs all pass here.
+        check_settings(self)
+        v1, sketch = self.version == "V1", self.task != "labels"
+        for wrong, why in (
+                (not 4 + v1 <= self.ups <= 7 + v1, f"--ups {self.ups}: {4 + v1}..{7 + v1} here"),
+                (self.s_size % 32, f"--s-size {self.s_size}: must be a multiple of 32"),
+                (self.loud and not v1, "--loud is for V1; V2 is told by the photo itself"),
+                (sketch and not v1, f"--task {self.task}: sketches are for --version V1"),
+                (self.pg and not v1, "--pg is for V1; V2 has one output"),
+                (self.lambda_3 and not self.pg, "--lambda-3 compares V1's three outputs: --pg"),
+                (self.lambda_4 and not v1, "--lambda-4 is for V1; V2's D sees the label"),
+                (v1 and self.lambda_5 + self.lambda_6, "--lambda-5 and --lambda-6 need the photo "
+                 "of the same label, which V1 never sees"),
+                (v1 and self.edges, "--edges: V1's segmentation could not find them again"),
+                (v1 and self.first == "label", "--first label is V2's (SPADE)"),
+                (self.lsca and not self.pg, "--lsca joins V1's three outputs: --pg"),
+                (self.pg and self.scales != 3, f"--scales {self.scales}: --pg has three outputs"),
+                (self.T != 1 and self.discriminator == "patch", f"--T {self.T}: the mask belongs "
+                 "to --discriminator hpd; use --T 1"),
+                (self.T != 1 and sketch, f"--T {self.T}: a sketch has no foreground; use --T 1"),
+                (self.form == "v1code" and (self.dgnorm or not v1), "--form v1code is V1 without "
+                 "DG-Norm: --version V1 --no-dgnorm")):
+            if wrong:
+                raise UserError(why)
 
 
-# Sec. 5.2, what each version changes; SKETCH is V1 for sketches.
+# Sec. 5.2, what each version changes against the defaults above. V1 trains on one image at a time
+# with the original, vanilla GAN loss and a weaker mask (T = 2). Its lambda_3 is small because Eq.
+# (18) is a norm, a root of a sum over all positions, which is large by itself.
+# SKETCH is V1 for sketches: squares, no mask, a constant rate, lambda_2 = 1 from the start. AT_256
+# is V2 on COCO-Stuff and ADE20K.
 VERSIONS = {
     "V1": dict(version="V1", edges=False, ups=7, gain=0.0, pg=True, lsca=True, scales=3,
                d_norm="instance", gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0,
-               lambda_5=0.0, lambda_6=0.0, epochs=100, batch_size=1, betas=(0.5, 0.999)),
+               lambda_5=0.0, lambda_6=0.0, epochs=100, batch_size=1, betas=(0.5, 0.999),
+               test_norm="image"),
     "V2": dict(version="V2"),
     "V2-H": dict(version="V2-H", size=(512, 1024), ups=7, scales=3, batch_size=8)}
 SKETCH = dict(size=(256, 256), ups=5, T=1.0, ramp=False, epochs=10, decay=False, batch_size=4)
@@ -233,17 +319,22 @@ PRESETS = {
     "V2-coco": dict(version="V2", **AT_256),
     "V2-ade20k": dict(version="V2", **AT_256),
     "V2-H-cityscapes": dict(version="V2-H"),
-    # Ours, for the streets on a laptop's CPU: narrow networks, so Adam's steps may be larger.
-    "toy": dict(version="V2", size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8,
-                d_norm="spectral", gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4,
-                batch_size=2, epochs=7, scorer_width=16, scorer_steps=600),
-    # With so few steps V1 needs more help: see speak_up and unit.
+    # Ours, for the streets on a laptop's CPU: narrow networks, so Adam's steps may be larger. Adam
+    # moves every weight by about lr, whatever the gradient; with few weights, a larger lr is needed
+    # for the output to move as far. Spectral norm alone lets D see brightness and colour (`unit`).
+    "toy": dict(size=(64, 128), limit=100, width=16, ups=4, noise=32, d_width=8, d_norm="spectral",
+                gain=1.0, smooth=True, vgg="random", vgg_width=16, lr=5e-4, batch_size=2, epochs=7,
+                scorer_width=16, scorer_steps=600),
+    # With so few steps V1 needs more help: see speak_up and unit. So much of the paper's objective
+    # is changed in this preset that a run of it says so first.
     "toy-V1": dict(version="V1", size=(64, 128), limit=100, width=8, ups=5, noise=32, d_width=8,
                    gain=1.0, loud=True, smooth=True, d_norm="spectral", s_width=4, s_size=64,
                    gan="hinge", lambda_4=0.03, ttur=True, lr=8e-4, betas=(0.0, 0.9), vgg="random",
                    vgg_width=16, batch_size=2, epochs=10, scorer_width=16, scorer_steps=600),
 }
-# The rows of Tables 1 and 2, each with what it adds to the row above it.
+# The rows of Tables 1 and 2, each with what it adds to the row above it. Both begin with SPADE and
+# end with the full method. The paper does not say which D the rows before HPD have; it is SPADE's
+# here, on the image alone in V1. Optimiser and first feature are the same in all rows of a table.
 ROWS = {
     "A_u": dict(version="V1", pg=False, lsca=False, lambda_3=0.0, discriminator="patch", scales=2,
                 T=1.0, lambda_2=0.0, dgnorm=False),               # SPADE and cycle segmentation
@@ -253,113 +344,84 @@ ROWS = {
     "A_s": dict(version="V2", discriminator="patch", T=1.0, lambda_2=0.0, dgnorm=False),   # SPADE
     "B_s": dict(discriminator="hpd"), "C_s": dict(T=5.0), "D_s": dict(lambda_2=1.0),
     "E_s": dict(dgnorm=True)}                                     # Lab2Pix-V2
+# A row's settings are those of all rows from the first of its table down to it.
 ABLATIONS = {row: {k: v for above, changes in ROWS.items() if above[2] == row[2] and above <= row
-                   for k, v in changes.items()} | {"ablation": row} for row in ROWS}
-CHOICES = {
-    "version": tuple(VERSIONS), "task": ("labels", "sketch", "edges"),
-    "direction": ("AtoB", "BtoA"), "first": ("noise", "label"), "form": ("paper", "eq5", "v1code"),
-    "discriminator": ("hpd", "patch"), "d_norm": ("instance", "spectral", "both"),
-    "gan": ("vanilla", "hinge"), "precision": ("fp32", "bf16")}
+                   for k, v in changes.items()} for row in ROWS}
 
 
-def configure(preset: str = "", ablation: str = "", **given) -> Config:
-    """The config of a version, a preset, a row of an ablation table, and settings that go before.
+def configure(preset: str = "", given: dict | None = None, **more) -> Config:
+    """The settings of a version, then a preset's, then a row's of an ablation table, then `given`.
 
-    configure("toy", "A_u"), configure(version="V1"), configure("V2-coco", batch_size=8).
+    Whatever comes later goes before. The version is the one that any of them asks for.
+
+    configure("toy", ablation="A_u"), configure(version="V1"), configure("V2-coco", batch_size=8).
     """
-    row = ABLATIONS.get(ablation, {})
-    if ablation and not row:
+    given = (given or {}) | more
+    ablation = given.get("ablation", "")
+    if ablation and ablation not in ABLATIONS:
         raise UserError(f"--ablation {ablation}: choose one of {', '.join(ABLATIONS)}")
-    if preset == "toy" and (given.get("version") or row.get("version")) == "V1":
+    row = ABLATIONS.get(ablation, {})
+    if preset == "toy" and "V1" in (given.get("version"), row.get("version")):
         preset = "toy-V1"
+    if preset and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     shape = PRESETS.get(preset, {})
-    named = {name: part["version"] for name, part in
-             (("--version", given), (f"--preset {preset}", shape), (f"--ablation {ablation}", row))
-             if "version" in part and (name, part["version"]) != ("--preset toy", "V2")}
-    if len(set(named.values())) > 1:
-        raise UserError(" and ".join(f"{k} ({v})" for k, v in named.items()) + " contradict")
-    version = next(iter(named.values()), "V2")
-    if version not in VERSIONS:
-        raise UserError(f"--version {version}: choose one of {', '.join(VERSIONS)}")
-    task = given.get("task", shape.get("task", "labels"))
-    sketch = SKETCH if task != "labels" else {}
-    return replace(Config(), **VERSIONS[version] | sketch | shape | row | given)
+    asked = {"--version": given, f"--preset {preset}": shape, f"--ablation {ablation}": row}
+    versions = [f"{name} {part['version']}" for name, part in asked.items() if "version" in part]
+    version = (given | shape | row).get("version", "V2")
+    if any(not text.endswith(f" {version}") for text in versions):
+        raise UserError(f"{', '.join(versions)}: these contradict each other")
+    sketch = SKETCH if given.get("task", shape.get("task", "labels")) != "labels" else {}
+    all_of = {"preset": preset} | VERSIONS.get(version, {}) | sketch | shape | row | given
+    if all_of.get("lambda_2") == 0:             # there is nothing to rise
+        all_of["ramp"] = False
+    return Config(**all_of)
 
 
-def check_config(cfg: Config) -> None:
-    """Absurd values and contradictions, each in one line, before anything is built."""
-    for name, allowed in CHOICES.items():
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: choose one of "
-                            + ", ".join(map(str, allowed)))
-    bounds = dict.fromkeys(("batch_size", "epochs", "width", "noise", "d_width", "scales", "T",
-                            "s_width", "vgg_width", "scorer_width", "scorer_steps"), 1)
-    bounds |= dict.fromkeys(("limit", "steps", "save_every", "seed", "workers", "lambda_2",
-                             "lambda_3", "lambda_4", "lambda_5", "lambda_6", "truncation",
-                             "gain"), 0)
-    bounds |= {"ups": 5 if cfg.version == "V1" else 4, "s_size": 64}
-    highs = {"workers": 256, "ups": 8 if cfg.version == "V1" else 7, "scales": 3}
-    for name, low in bounds.items():
-        value, high = getattr(cfg, name), highs.get(name, 10 ** 9)
-        if not low <= (low if value is None else value) <= high:
-            raise UserError(f"{flag(name)} {value}: must lie in {low}..{high}")
-    if not 0 < cfg.lr < 1:
-        raise UserError(f"--lr {cfg.lr}: must lie between 0 and 1; the paper's is 0.0002")
-    if not all(0 <= beta < 1 for beta in cfg.betas):
-        raise UserError(f"--betas {cfg.betas[0]} {cfg.betas[1]}: both must lie in [0, 1)")
-    v1, patch = cfg.version == "V1", cfg.discriminator == "patch"
-    for wrong, name, why in (
-            (cfg.loud and not v1, "loud", "V2 is told by the photo itself; it is for V1"),
-            (not v1 and cfg.task != "labels", "task", f"{cfg.version} learns from label maps; "
-             "sketches are for --version V1"),
-            (not v1 and cfg.pg, "pg", "V2 has one output"),
-            (not v1 and (cfg.lambda_3 or cfg.lambda_4), "lambda_3 and --lambda-4", "are V1's"),
-            (v1 and (cfg.lambda_5 or cfg.lambda_6), "lambda_5 and --lambda-6", "compare with the "
-             "photo of the same label, which V1 never sees"),
-            (v1 and cfg.edges, "edges", "V1's segmentation could not find them again; --no-edges"),
-            (v1 and cfg.first == "label", "first label", "is V2's (SPADE)"),
-            (cfg.lsca and not cfg.pg, "lsca", "fuses the features of V1's three outputs: --pg"),
-            (cfg.lambda_3 and not cfg.pg, "lambda_3", "compares V1's three outputs: --pg"),
-            (cfg.pg and cfg.scales != 3, "scales", "must be 3 with V1's three outputs"),
-            (patch and cfg.T != 1, "T", "the mask belongs to --discriminator hpd; use --T 1"),
-            (cfg.task != "labels" and cfg.T != 1, "T", "a sketch has no foreground; use --T 1"),
-            (cfg.form == "v1code" and (not v1 or cfg.dgnorm), "form v1code",
-             "is V1 without DG-Norm: --version V1 --no-dgnorm")):
-        if wrong:
-            value = "" if " " in name else f" {getattr(cfg, name)}"
-            raise UserError(f"{flag(name)}{value}: {why}")
-    if cfg.s_size % 32:
-        raise UserError(f"--s-size {cfg.s_size}: must be a multiple of 32")
-    h, w = cfg.size
+def check_size(cfg: Config) -> None:
+    """The size at training time suits G, which doubles, and D, which halves.
+
+    At test time any size does: see translate.
+    """
+    height, width = cfg.size
     unit = max(2 ** cfg.ups, 32)                # the deepest verdict of each D_i is at 1/32 of X_3
     least = max(unit, 64)
-    if h % unit or w % unit or min(h, w) < least:
-        near = [max(least, round(side / unit) * unit) for side in (h, w)]
-        raise UserError(f"--size {h} {w}: with {cfg.ups} doublings in G and these discriminators "
-                        f"both must be multiples of {unit}, {least} or more; the nearest is --size "
-                        f"{near[0]} {near[1]}")
-    if h * w * cfg.batch_size == 4 ** cfg.ups:
-        raise UserError(f"--size {h} {w}: the first feature of G would be one pixel, and a "
-                        "normalised pixel is 0; use a larger --size or --batch-size")
+    if height % unit or width % unit or min(cfg.size) < least:
+        near = [max(least, round(side / unit) * unit) for side in cfg.size]
+        raise UserError(f"--size {height} {width}: with {cfg.ups} doublings in G and these "
+                        f"discriminators both must be multiples of {unit}, {least} or more; the "
+                        f"nearest is --size {near[0]} {near[1]}")
+    if height * width * cfg.batch_size == 4 ** cfg.ups:
+        raise UserError(f"--size {height} {width}: the first feature of G would be one pixel, and "
+                        "a normalised pixel is 0; use a larger --size or --batch-size")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-# ------------------------------------------------------------------------------- 2 Networks
+# -------------------------------------------------------------------------------- 2 Networks
+# m is M, one-hot labels or a sketch, (B, N, H, W) with n = N channels. d is the feature that the
+# blocks of G hand on, d_t in the paper; h is H, the global feature, at the size that is asked for.
+# What DG-Norm is guided by has `hidden` channels, 2 width. Feature maps change their size on the
+# way: (B, C, ., .) where it varies. `form` says whose layers: the paper's, or with v1code those of
+# the released V1, so that its weights load.
 
 def instance_norm(c: int) -> nn.GroupNorm:
-    """Each channel of each image to mean 0, variance 1; no parameters, no running averages."""
+    """Each channel of each image to mean 0, variance 1; no parameters, no running averages.
+
+    A group norm of one channel per group is the same, and also works on a map of one pixel.
+    """
     return nn.GroupNorm(c, c, affine=False)
 
 
 def up(x: Tensor, factor: int = 2, mode: str = "nearest") -> Tensor:
+    """Enlarged by a factor: each pixel repeated, or with mode "bilinear" blended into the next."""
     return F.interpolate(x, scale_factor=float(factor), mode=mode)
 
 
 class SketchEncoder(nn.Module):
     """Sec. 3.1.1, Fig. 3: convolutions of stride 2, so that every unit sees some of the ink.
+
+    A label map says something at every pixel, a sketch only where a line is: resized like a label,
+    it would lose most lines. The paper shows a picture of this encoder without its layers; they are
+    the release's: 5 x 5, then `ups` times 3 x 3 with stride 2.
 
     M (B, 1, H, W)  ->  f_lsk (B, 16 width, H/2^ups, W/2^ups)
     """
@@ -376,16 +438,17 @@ class SketchEncoder(nn.Module):
 
 
 class GlobalEncoder(nn.Module):
-    """Eq. (2): H = E_global(M), what no single pixel knows: shapes around it (Sec. 3.1.2).
+    """Eq. (2): H = E_global(M), what no single pixel knows: the shapes around it (Sec. 3.1.2).
 
-    M (B, N, H, W)  ->  `heads` maps (B, 2 width, h 2^j, w 2^j), one for each size of block. With
-    `smooth` (ours) they are enlarged after the convolution, bilinearly.
+    M (B, N, H, W)  ->  `sizes` maps (B, 2 width, h 2^j, w 2^j), one for each size of block
 
-    "Only one final result": one small map, enlarged. The convolution in between is the release's.
-    "Global" is wide, not whole: with 7 convolutions a cell sees 129 x 129 pixels of the map.
+    The paper speaks of "only one final result": one small map, enlarged to each size. The
+    convolution after the enlarging is the release's. "Global" is wide, but not the whole image:
+    after 7 convolutions a cell sees 129 x 129 pixels of M. With `smooth` (ours) the maps are
+    enlarged after their convolution, bilinearly.
     """
 
-    def __init__(self, n: int, width: int = 64, downs: int = 7, heads: int = 7,
+    def __init__(self, n: int, width: int = 64, downs: int = 7, sizes: int = 7,
                  smooth: bool = False):
         super().__init__()
         self.smooth = smooth
@@ -393,41 +456,43 @@ class GlobalEncoder(nn.Module):
         self.down = nn.ModuleList(
             spectral_norm(nn.Conv2d(c_in, c_out, 3, 1 if i == 0 else 2, 1))
             for i, (c_in, c_out) in enumerate(zip(c, c[1:])))
-        self.heads = nn.ModuleList(nn.Conv2d(c[-1], 2 * width, 3, 1, 1) for _ in range(heads))
+        self.enlarged = nn.ModuleList(nn.Conv2d(c[-1], 2 * width, 3, 1, 1) for _ in range(sizes))
 
     def forward(self, m: Tensor) -> list[Tensor]:
         for conv in self.down:
-            m = F.leaky_relu(conv(m), 0.2)
+            m = F.leaky_relu(conv(m), 0.2)                                   # at last the one map
         if self.smooth:
-            return [F.relu(up(head(m), 2 ** j, "bilinear")) for j, head in enumerate(self.heads)]
-        return [F.relu(convolve_enlarged(m, head, 2 ** j)) for j, head in enumerate(self.heads)]
+            return [F.relu(up(conv(m), 2 ** j, "bilinear")) for j, conv in enumerate(self.enlarged)]
+        return [F.relu(convolve_enlarged(m, conv, 2 ** j)) for j, conv in enumerate(self.enlarged)]
 
 
-def convolve_enlarged(x: Tensor, conv: nn.Conv2d, s: int) -> Tensor:
-    """conv(up(x, s)) for a 3 x 3 convolution, with 9 / s^2 of its work and the same result.
+def convolve_enlarged(x: Tensor, conv: nn.Conv2d, factor: int) -> Tensor:
+    """conv(up(x, factor)) for a 3 x 3 convolution: the same result, with 9 / factor^2 of its work.
 
-    Among s x s equal pixels, all but the outermost see nothing but each other. So it suffices to
-    enlarge by 3, convolve, and repeat the middle one of every three rows and columns s - 2 times.
+    A pixel of x becomes a square of factor x factor equal pixels. Inside this square, where the
+    3 x 3 window covers equal pixels only, all results are equal, so one of them is enough. So it
+    suffices to enlarge by 3, convolve, and repeat the middle one of every three rows and columns
+    factor - 2 times.
     """
-    if s < 4:
-        return conv(up(x, s)) if s > 1 else conv(x)
-    y = conv(up(x, 3))
+    if factor < 4:
+        return conv(up(x, factor)) if factor > 1 else conv(x)
+    x = conv(up(x, 3))
     for axis in (2, 3):
-        first, middle, last = y.unflatten(axis, (-1, 3)).split(1, axis + 1)
+        first, middle, last = x.unflatten(axis, (-1, 3)).split(1, axis + 1)
         shape = [*middle.shape]
-        shape[axis + 1] = s - 2
-        y = torch.cat([first, middle.expand(shape), last], axis + 1).flatten(axis, axis + 1)
-    return y
+        shape[axis + 1] = factor - 2
+        x = torch.cat([first, middle.expand(shape), last], axis + 1).flatten(axis, axis + 1)
+    return x
 
 
 class DGNorm(nn.Module):
     """Double-guided normalisation, Eq. (3) to (5), Fig. 4; without H it is SPADE.
 
-    E (B, C, h, w), label M (B, N, h, w), H (B, hidden, h, w)  ->  (B, C, h, w)
+    E (B, C, ., .), M (B, N, ., .), H (B, hidden, ., .), of equal size  ->  (B, C, ., .)
 
     Batch norm takes away what E's channels had in common, gamma_DG and beta_DG give each pixel its
-    own scale and shift. They come from M, so from the class of the pixel and its neighbours, and
-    from H, so from the whole map; the two are added, as images of equal size.
+    own scale and shift. They come from M, so from the class of the pixel and of its neighbours, and
+    from H, so from a wide part of the map; the two are added.
     Misprint: Eq. (4) has mu where mu^2 is meant. Eq. (5), gamma (BN + 1) + beta, starts at 0 where
     the release, (1 + gamma) BN + beta, starts at BN; both can become the same function.
     """
@@ -443,8 +508,8 @@ class DGNorm(nn.Module):
         guide = F.relu(self.shared(m))
         if h is not None:
             guide = guide + h
-        gamma, beta = self.gamma_beta(guide).chunk(2, 1)                     # each (B, C, h, w)
-        normed = self.norm(e)
+        gamma, beta = self.gamma_beta(guide).chunk(2, 1)                     # each (B, C, ., .)
+        normed = self.norm(e)                                                # Eq. (3)
         if self.form == "eq5":
             return gamma * (normed + 1) + beta
         return (gamma if self.form == "v1code" else 1 + gamma) * normed + beta
@@ -453,24 +518,25 @@ class DGNorm(nn.Module):
 class GenResBlk(nn.Module):
     """Generative residual block, Eq. (1): d' = G_rb(d, M); with H, Eq. (6): d' = G_rb*(d, M, H).
 
-    d (B, c_in, h, w)  ->  (B, c_out, h, w); G enlarges it by 2.
+    d (B, c_in, ., .)  ->  (B, c_out, ., .), of the same size; G doubles it before or after.
 
-    The shortcut does not see H. Released V1: instance norm, ReLU, no spectral norm, and no shortcut
-    at all where the widths agree.
+    Twice normalise, activate, convolve; and a shortcut around it, which does not see H. Where the
+    number of channels changes, the shortcut has a norm and a 1 x 1 convolution of its own. All
+    convolutions have spectral norm: their weights are divided by their largest singular value.
+    Released V1: instance norm, ReLU, no spectral norm, and where the widths agree no shortcut.
     """
 
     def __init__(self, c_in: int, c_out: int, n: int, hidden: int = 128, form: str = "paper"):
         super().__init__()
-        v1 = form == "v1code"
-        c_mid, self.v1 = c_out if v1 else min(c_in, c_out), v1
+        self.v1, self.learned = form == "v1code", c_in != c_out
+        c_mid = c_out if self.v1 else min(c_in, c_out)
         self.norm_0, self.norm_1 = DGNorm(c_in, n, hidden, form), DGNorm(c_mid, n, hidden, form)
         self.conv_0, self.conv_1 = nn.Conv2d(c_in, c_mid, 3, 1, 1), nn.Conv2d(c_mid, c_out, 3, 1, 1)
-        self.learned = c_in != c_out
-        if self.learned:
+        if self.learned:                         # the shortcut has to change the width
             self.norm_s = DGNorm(c_in, n, hidden, form)
-            self.conv_s = nn.Conv2d(c_in, c_out, 3 if v1 else 1, 1, int(v1), bias=v1)
+            self.conv_s = nn.Conv2d(c_in, c_out, 3 if self.v1 else 1, 1, int(self.v1), bias=self.v1)
         for name in ("conv_0", "conv_1", "conv_s")[:2 + self.learned]:
-            if not v1:
+            if not self.v1:
                 spectral_norm(getattr(self, name))
 
     def forward(self, d: Tensor, m: Tensor, h: Tensor | None = None) -> Tensor:
@@ -484,31 +550,32 @@ class GenResBlk(nn.Module):
 
 
 class LSCA(nn.Module):
-    """Label-guided spatial co-attention, Eq. (7), Fig. 5: f_k = h' A_m + f_k (1 - A_m).
+    """Label-guided spatial co-attention, Eq. (7), Fig. 5: f_k = h'_(k-1) A_m + f_k (1 - A_m).
 
-    h (B, c_h, H/2, W/2) of the stage before, f (B, c, H, W), m (B, N, H, W)  ->  (B, c, H, W)
+    coarse h_(k-1) (B, c_coarse, ., .), f (B, c, . 2, . 2), M of f's size  ->  (B, c, . 2, . 2)
 
-    A_m (B, 1, H, W) says where the coarser feature is good enough (road, sky) and is kept.
+    A_m, one number for each pixel, says where the feature of the stage before is good enough (road,
+    sky) and is kept. It is made from both features and the label. The paper leaves LSCA out of V2,
+    to save memory.
     Released V1: A_m from normalised features, and the label through a convolution of its own.
     """
 
-    def __init__(self, c_h: int, c: int, n: int, form: str = "paper", mode: str = "nearest"):
+    def __init__(self, c_coarse: int, c: int, n: int, form: str = "paper", mode: str = "nearest"):
         super().__init__()
         self.v1, self.mode = form == "v1code", mode
-        self.merge = nn.Conv2d(c_h, c, 3, 1, 1)
+        self.merge = nn.Conv2d(c_coarse, c, 3, 1, 1)
         if self.v1:
             self.label, self.norm = nn.Conv2d(n, c, 3, 1, 1), instance_norm(c)
         self.mask = nn.Conv2d(2 * c + (c if self.v1 else n), 1, 3, 1, 1)
 
-    def forward(self, h: Tensor, f: Tensor, m: Tensor) -> Tensor:
-        h = self.merge(up(h, 2, self.mode))                                  # h', (B, c, H, W)
+    def forward(self, coarse: Tensor, f: Tensor, m: Tensor) -> Tensor:
+        coarse = self.merge(up(coarse, 2, self.mode))                        # h', of f's shape
+        evidence = [coarse, f, m]
         if self.v1:
-            h = F.relu(h)
-            seen = [self.norm(each) for each in (h, f, F.relu(self.label(m)))]
-        else:
-            seen = [h, f, m]
-        a = torch.sigmoid(self.mask(torch.cat(seen, 1)))                     # A_m, (B, 1, H, W)
-        return h * a + f * (1 - a)
+            coarse = F.relu(coarse)
+            evidence = [self.norm(each) for each in (coarse, f, F.relu(self.label(m)))]
+        a = torch.sigmoid(self.mask(torch.cat(evidence, 1)))                 # A_m, one channel
+        return coarse * a + f * (1 - a)
 
 
 def resize_label(m: Tensor, size: tuple[int, int], form: str = "paper") -> Tensor:
@@ -526,24 +593,30 @@ def resize_label(m: Tensor, size: tuple[int, int], form: str = "paper") -> Tenso
     return F.interpolate(m, size, mode="nearest")
 
 
-def first_feature(fc: nn.Module, z: Tensor, c: int, trained: tuple[int, int],
+def first_feature(start: nn.Linear, z: Tensor, trained: tuple[int, int],
                   size: tuple[int, int]) -> Tensor:
-    """f_z: a fully connected layer on z, reshaped to (B, c, h, w) (Sec. 3.1.1).
+    """f_z: a fully connected layer on z, reshaped to (B, C, *size) (Sec. 3.1.1).
 
-    Its h and w are those of the training size; for an image of another size it is stretched.
+    The layer makes a map for the size of training; for an image of another size it is stretched.
     """
-    f = fc(z).view(len(z), c, *trained)
+    f = start(z).unflatten(1, (-1, *trained))
     return f if trained == size else F.interpolate(f, size, mode="nearest")
 
 
 class GeneratorV1(nn.Module):
-    """X_i = G_v1(z, M), Eq. (17), Fig. 7: three images in one pass, to be judged one by one.
+    """X_i = G_v1(z, M), Eq. (17): three images in one pass, to be judged one by one. In Fig. 7:
+
+          z -> start -> f_z                        M, resized -> each block
+                         |                         M -> globe -> H -> each block
+        block 1 -> block 2 -> block 3 -> block 4 -> block 5 -> block 6 -> block 7
+                                                      LSCA       LSCA       LSCA
+                                                       |          |          |
+        after each block a doubling: 2 x 4 -> 256 x 512   X_1 at 1/4  X_2 at 1/2  X_3
 
     z (B, noise), M (B, N, H, W)  ->  [X_3 (B, 3, H, W), X_2 at half the size, X_1 at a quarter]
 
-    Labels: two blocks encode f_z and M, five more generate; each is followed by a doubling. Sketch:
-    f_z is concatenated with the sketch encoder's feature, and five blocks follow. The last three
-    blocks have LSCA and, progressively, an image each; without pg there is X_3 alone.
+    From labels: blocks 1 and 2 encode f_z and M, five more generate. From sketches: f_z and the
+    sketch encoder's feature, concatenated, enter five blocks. Without pg there is X_3 alone.
     """
 
     def __init__(self, n: int, size: tuple[int, int] = (256, 512), width: int = 64, ups: int = 7,
@@ -554,36 +627,36 @@ class GeneratorV1(nn.Module):
         self.mode = "bilinear" if smooth else "nearest"
         self.trained = tuple(side // 2 ** ups for side in size)
         out = [width * min(2 ** (ups - 1 - i), 16) for i in range(ups)]      # 1024 1024 1024 512 ..
-        self.c_z = width if sketch else 16 * width
+        c_z = width if sketch else 16 * width
         self.encoder = SketchEncoder(width, ups) if sketch else None
-        self.fc = None                                                       # released: z unused
+        self.start = None                                                    # released: z unused
         if not (sketch and form == "v1code"):
-            self.fc = nn.Linear(noise, self.c_z * math.prod(self.trained))
-        c = [16 * width + (width if sketch and self.fc is not None else 0), *out]
-        hidden = 2 * width
+            self.start = nn.Linear(noise, c_z * math.prod(self.trained))
+        c = [16 * width + (width if sketch and self.start is not None else 0), *out]
         self.globe = GlobalEncoder(n, width, ups + 1, ups, smooth) if dgnorm else None
-        self.blocks = nn.ModuleList(GenResBlk(*pair, n, hidden, form) for pair in zip(c, out))
+        self.blocks = nn.ModuleList(GenResBlk(*pair, n, 2 * width, form) for pair in zip(c, out))
         self.lsca = nn.ModuleList(LSCA(c[k], out[k], n, form, self.mode)
                                   for k in range(ups - 3, ups) if lsca)
         self.heads = nn.ModuleList(nn.Conv2d(c_out, 3, 3, 1, 1) for c_out in
                                    (out[-3:] if pg else out[-1:]))
 
     def forward(self, z: Tensor, m: Tensor) -> list[Tensor]:
-        size = tuple(side // self.multiple for side in m.shape[-2:])
+        size = tuple(side // self.multiple for side in m.shape[-2:])         # 2 x 4 at 256 x 512
         parts = [] if self.encoder is None else [self.encoder(m)]
-        if self.fc is not None:
-            parts.append(first_feature(self.fc, z, self.c_z, self.trained, size))
-        d, n = torch.cat(parts, 1), len(self.blocks)                         # (B, 1024, h, w)
-        h = self.globe(m) if self.globe is not None else [None] * n          # H, per size
-        labels = [resize_label(m, (size[0] << k, size[1] << k), self.form) for k in range(n + 1)]
+        if self.start is not None:
+            parts.append(first_feature(self.start, z, self.trained, size))
+        d, stages = torch.cat(parts, 1), len(self.blocks)                    # (B, 1024, *size)
+        h = self.globe(m) if self.globe is not None else [None] * stages     # H for each block
+        labels = [resize_label(m, (size[0] << k, size[1] << k), self.form)
+                  for k in range(stages + 1)]
         images = []
         for k, block in enumerate(self.blocks):
-            f = up(block(d, labels[k], h[k]), 2, self.mode)                  # (B, c, h 2^(k+1), ..)
-            if k >= n - 3 and len(self.lsca):
-                f = self.lsca[k - n + 3](d, f, labels[k + 1])
+            f = up(block(d, labels[k], h[k]), 2, self.mode)                  # size 2^(k+1)
+            if k >= stages - 3 and len(self.lsca):
+                f = self.lsca[k - stages](d, f, labels[k + 1])               # Eq. (7)
             d = f
-            if k >= n - len(self.heads):
-                images.append(torch.tanh(self.heads[k - n + len(self.heads)](d)))
+            if k >= stages - len(self.heads):
+                images.append(torch.tanh(self.heads[k - stages](d)))         # X_1, X_2, X_3
         return images[::-1]
 
 
@@ -591,6 +664,10 @@ class GeneratorV2(nn.Module):
     """X = G_v2(z, M), Eq. (21), Fig. 8: one image; D sees it at several sizes.
 
     z (B, noise), M (B, N, H, W)  ->  [X (B, 3, H, W)]
+
+    Each doubling stands before a block. At 256 x 512, with 6 of them, the blocks run at 4 x 8,
+    8 x 16, 16 x 32, ..., 256 x 512; with 5, at 256 x 256, the second and the third share 16 x 16.
+    There is no LSCA, and only the last feature becomes an image: D gets it at several sizes.
 
     Seven blocks, 1024-1024-1024-512-256-128-64, and with 7 doublings one more, 32 (V2-H). Paper:
     two encoder blocks and four more; three and four here, as released, since row A_s is SPADE.
@@ -601,24 +678,24 @@ class GeneratorV2(nn.Module):
                  noise: int = 128, first: str = "noise", dgnorm: bool = True, form: str = "paper",
                  smooth: bool = False):
         super().__init__()
-        self.first, self.multiple, self.c_z = first, 2 ** ups, 16 * width
+        self.first, self.multiple = first, 2 ** ups
         self.mode = "bilinear" if smooth else "nearest"
         self.trained = tuple(side // 2 ** ups for side in size)
         out = [width * f for f in (16, 16, 16, 8, 4, 2, 1)] + [width // 2] * (ups == 7)
         self.doubles = [False, ups > 4, ups > 5] + [True] * (len(out) - 3)   # before each block
-        self.fc = nn.Conv2d(n, self.c_z, 3, 1, 1) if first == "label" else (
-            nn.Linear(noise, self.c_z * math.prod(self.trained)))
+        self.start = nn.Conv2d(n, 16 * width, 3, 1, 1) if first == "label" else (
+            nn.Linear(noise, 16 * width * math.prod(self.trained)))
         self.globe = GlobalEncoder(n, width, ups + 1, ups + 1, smooth) if dgnorm else None
         self.blocks = nn.ModuleList(GenResBlk(c_in, c_out, n, 2 * width, form)
                                     for c_in, c_out in zip([16 * width, *out], out))
         self.head = nn.Conv2d(out[-1], 3, 3, 1, 1)
 
     def forward(self, z: Tensor, m: Tensor) -> list[Tensor]:
-        size = tuple(side // self.multiple for side in m.shape[-2:])
+        size = tuple(side // self.multiple for side in m.shape[-2:])         # 4 x 8 at 256 x 512
         if self.first == "label":
-            d = self.fc(resize_label(m, size))                               # (B, 1024, h, w)
+            d = self.start(resize_label(m, size))                            # (B, 1024, *size)
         else:
-            d = first_feature(self.fc, z, self.c_z, self.trained, size)
+            d = first_feature(self.start, z, self.trained, size)
         h, k = self.globe(m) if self.globe is not None else None, 0          # k doublings so far
         for block, double in zip(self.blocks, self.doubles):
             if double:
@@ -631,8 +708,10 @@ def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
          norm: str = "both") -> list[nn.Module]:
     """Convolution, spectral norm on it, instance norm or both, LeakyReLU. With both, no bias.
 
-    Instance norm hides from D how bright and how colourful an image is, all that its convolution
-    finds being rescaled; in V2 the other losses see to that. Spectral norm alone (ours) does not.
+    Spectral norm bounds how fast D's verdict can change with the image; the paper does not mention
+    it, the released V2 has it. Instance norm hides from D how bright and how colourful an image is,
+    since it rescales all that the convolution finds; in V2 the other losses see to that. Spectral
+    norm alone (ours) does not hide it.
     """
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=norm != "both")
     layers = [conv if norm == "instance" else spectral_norm(conv)]
@@ -642,7 +721,10 @@ def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
 class MiniInception(nn.Module):
     """Mini-inception block (Sec. 3.2.1, Fig. 6): three branches, added; halves H and W.
 
-    x (B, c, H, W)  ->  (B, c, H/2, W/2). A field of 5 pixels is made of two 3 x 3.
+    x (B, c, H, W)  ->  (B, c, H/2, W/2)
+
+    The branches see 2, 3 and 5 pixels of x at once, so small and larger details. A field of 5 is
+    made of two 3 x 3, with fewer weights than one 5 x 5.
     """
 
     def __init__(self, c: int, norm: str = "both"):
@@ -656,21 +738,33 @@ class MiniInception(nn.Module):
         return self.pool(x) + self.three(x) + self.five(x)
 
 
+TAPS = ("pool3", "pool4", "pool5")              # of VGG-16: v_1, v_2, v_3 of the perceptual branch
+
+
 class PerceptualDiscriminator(nn.Module):
-    """D_i = {D_i^1, ..., D_i^levels}, Eq. (8): low, middle and high level verdicts (Fig. 6).
+    """D_i = {D_i^1, ..., D_i^levels}, Eq. (8): low, middle and high level verdicts. Fig. 6, D_3:
 
-    x (B, c_in, H, W), taps [(B, c_l, H/2^(l+2), W/2^(l+2)) for l = 1..]
-        ->  [[logits (B, 1, H/2^(l+2), W/2^(l+2)) for l = 1..levels], features for Eq. (29)]
+        x -> common ----> join 1 -> line 1 ----> join 2 -> line 2 ----> join 3
+              1/8          ^   |     1/16         ^   |     1/32         ^   |
+                           |  out 1               |  out 2               |  out 3
+                          pre 1 |                pre 2 |                pre 3 |
+                           ^   D^1                ^   D^2                ^   D^3
+        image -> VGG-16 -> v_1 -----------------> v_2 -----------------> v_3
 
-    The main branch judges alone if it must; at each level what the frozen VGG-16 makes of the image
-    (pool3, pool4, pool5) is concatenated: v_1, v_2, v_3, the perceptual branch. A label is for the
-    main branch only.
+    x (B, c_in, H, W), VGG-16's features of the image, v_l (B, c_l, H/2^(l+2), W/2^(l+2))
+        ->  [[D^l (B, 1, H/2^(l+2), W/2^(l+2)) for l = 1..levels], features for Eq. (29)]
+
+    Above is the main branch; `line` are the mini-inception blocks. Below is the perceptual branch,
+    the frozen VGG-16, which tells every level what it makes of the image. In V2 x is the image with
+    its label (Eq. (22)); VGG-16 sees the image alone. A verdict is a map of logits, one for each
+    region of the image; the sigmoid of the vanilla loss is in the losses.
+    Features are what the layers of the main branch give; the verdicts and VGG's are not among them.
     """
 
     def __init__(self, c_in: int, levels: int = 3, width: int = 64, norm: str = "both",
                  vgg_width: int = 64):
         super().__init__()
-        c, taps = 8 * width, [vgg_width * f for f in (4, 8, 8)]
+        c, c_taps = 8 * width, [vgg_width * f for f in (4, 8, 8)]
         first = unit(c_in, width, 3, 2, norm) if norm == "instance" else (
             [nn.Conv2d(c_in, width, 3, 2, 1), nn.LeakyReLU(0.2)])
         self.common = nn.ModuleList([nn.Sequential(*first)] + [
@@ -682,14 +776,14 @@ class PerceptualDiscriminator(nn.Module):
 
         self.pre, self.join, self.out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.line = nn.ModuleList(MiniInception(c, norm) for _ in range(levels - 1))
-        for level, c_tap in enumerate(taps[:levels]):
+        for level, c_tap in enumerate(c_taps[:levels]):
             self.pre.append(nn.Sequential(*settle(c_tap)))
             c_main = 4 * width if level == 0 else c
             self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, norm)))
             self.out.append(nn.Sequential(*settle(c), nn.Conv2d(c, 1, 5, 1, 2)))
 
-    def forward(self, x: Tensor, taps: list[Tensor]) -> list[list[Tensor]]:
-        levels, features = [], []
+    def forward(self, x: Tensor, vgg: dict[str, Tensor]) -> list[list[Tensor]]:
+        verdicts, features = [], []
         for layer in self.common:
             x = layer(x)                                    # (B, 64 2^k, H/2^(k+1), W/2^(k+1))
             features.append(x)
@@ -697,14 +791,17 @@ class PerceptualDiscriminator(nn.Module):
             if level > 0:
                 x = self.line[level - 1](x)                 # (B, 512, half the size)
                 features.append(x)
-            x = join(torch.cat([x, pre(taps[level])], 1))   # (B, 512, h, w)
+            x = join(torch.cat([x, pre(vgg[TAPS[level]])], 1))         # (B, 512, of that size)
             features.append(x)
-            levels.append(out(x))
-        return [levels, features]
+            verdicts.append(out(x))                         # one logit for each position
+        return [verdicts, features]
 
 
 class PatchDiscriminator(nn.Module):
     """SPADE's discriminator, for the rows of the tables before HPD: one level, no VGG.
+
+    Four convolutions of 4 x 4, three of them with stride 2, and a fifth that makes the verdicts.
+    `vgg` is taken and not used, so that both kinds of D are called alike.
 
     x (B, c_in, H, W)  ->  [[logits (B, 1, about H/8, W/8)], four features]
     """
@@ -720,7 +817,7 @@ class PatchDiscriminator(nn.Module):
                                              nn.LeakyReLU(0.2)))
         self.last = nn.Conv2d(c[-1], 1, 4, 1, 2)
 
-    def forward(self, x: Tensor, taps: list[Tensor]) -> list[list[Tensor]]:
+    def forward(self, x: Tensor, vgg: dict[str, Tensor]) -> list[list[Tensor]]:
         features = []
         for layer in self.layers:
             x = layer(x)
@@ -731,8 +828,9 @@ class PatchDiscriminator(nn.Module):
 class Discriminators(nn.Module):
     """D_3, D_2, D_1 for X_3, X_2, X_1, Eq. (8) and (23), as one module: the largest image first.
 
-    [x of each scale], [its VGG taps]  ->  per scale [logits of each level, features]
+    [x of each scale], [VGG-16's features of each image]  ->  for each scale [verdicts, features]
     D_3 has three levels, D_2 two and D_1 one: small images have little that is of a high level.
+    They share no weights, and their losses are added. V2 has D_3 and D_2, V2-H and V1 all three.
     """
 
     def __init__(self, c_in: int, scales: int = 3, width: int = 64, kind: str = "hpd",
@@ -742,12 +840,24 @@ class Discriminators(nn.Module):
             PatchDiscriminator(c_in, width) if kind == "patch" else
             PerceptualDiscriminator(c_in, 3 - k, width, norm, vgg_width) for k in range(scales))
 
-    def forward(self, images: list[Tensor], taps: list[list[Tensor]]) -> list:
-        return [d(*both) for d, *both in zip(self.scales, images, taps)]
+    def forward(self, xs: list[Tensor], vgg: list[dict[str, Tensor]]) -> list:
+        return [judge(*each) for judge, *each in zip(self.scales, xs, vgg)]
+
+
+def normed(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
+           dilation: int = 1) -> list[nn.Module]:
+    """Convolution, batch norm, ReLU; keeps the size but for the stride."""
+    padding = dilation * (kernel // 2)
+    return [nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation), nn.BatchNorm2d(c_out),
+            nn.ReLU()]
 
 
 class Bottleneck(nn.Module):
-    """ICNet's residual block: 1 x 1, 3 x 3, 1 x 1, each with batch norm, around a skip."""
+    """ICNet's residual block: 1 x 1, 3 x 3, 1 x 1, each with batch norm, around a skip.
+
+    The 1 x 1 convolutions make the channels few for the 3 x 3 one, and many again. A dilation lets
+    the 3 x 3 see further without another halving.
+    """
 
     def __init__(self, c_in: int, c_mid: int, c_out: int, stride: int = 1, dilation: int = 1):
         super().__init__()
@@ -761,50 +871,47 @@ class Bottleneck(nn.Module):
         return F.relu(self.skip(x) + self.branch(x))
 
 
-def normed(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
-           dilation: int = 1) -> list[nn.Module]:
-    """Convolution, batch norm, ReLU; keeps the size but for the stride."""
-    padding = dilation * (kernel // 2)
-    return [nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation), nn.BatchNorm2d(c_out),
-            nn.ReLU()]
-
-
 class ICNet(nn.Module):
     """Segmentation network S_i (Sec. 4.1.2): three branches at full, half and quarter size.
 
     X (B, 3, any size)  ->  logits (B, classes, 256, 256). The input is first resized to 256 x 256.
+
+    The deepest branch sees a quarter of the size, through many layers; the half-size branch is its
+    beginning, the full-size branch three convolutions. Each is enlarged and added to the next finer
+    one. In between, averages over the whole map, a half, a third and a quarter of it are added up,
+    so that every cell knows what else is in the image.
     Layers are the release's, without its two extra outputs, which enter no loss.
     """
 
     def __init__(self, classes: int, width: int = 32, size: int = 256):
         super().__init__()
-        w, self.size = width, size
+        c, self.size = width, size
         self.sub_2 = nn.Sequential(                                          # for 256: 128 -> 32
-            nn.AvgPool2d(2), *normed(3, w, 3, 2), *normed(w, w), *normed(w, 2 * w),
-            nn.MaxPool2d(3, 2, 1), Bottleneck(2 * w, w, 4 * w),
-            *(Bottleneck(4 * w, w, 4 * w) for _ in range(2)),
-            Bottleneck(4 * w, 2 * w, 8 * w, 2))                              # (B, 256, 16, 16)
+            nn.AvgPool2d(2), *normed(3, c, 3, 2), *normed(c, c), *normed(c, 2 * c),
+            nn.MaxPool2d(3, 2, 1), Bottleneck(2 * c, c, 4 * c),
+            *(Bottleneck(4 * c, c, 4 * c) for _ in range(2)),
+            Bottleneck(4 * c, 2 * c, 8 * c, 2))                              # (B, 256, 16, 16)
         self.sub_4 = nn.Sequential(
-            nn.AvgPool2d(2), *(Bottleneck(8 * w, 2 * w, 8 * w) for _ in range(3)),
-            *(Bottleneck(16 * w if i else 8 * w, 4 * w, 16 * w, 1, 2) for i in range(6)),
-            *(Bottleneck(32 * w if i else 16 * w, 8 * w, 32 * w, 1, 4) for i in range(3)))
-        self.reduce = nn.Sequential(*normed(32 * w, 8 * w, 1))
-        self.up_4 = nn.Sequential(*normed(8 * w, 4 * w, 3, 1, 2)[:-1])
-        self.side_2 = nn.Sequential(*normed(8 * w, 4 * w, 1)[:-1])
-        self.up_2 = nn.Sequential(*normed(4 * w, 4 * w, 3, 1, 2)[:-1])
+            nn.AvgPool2d(2), *(Bottleneck(8 * c, 2 * c, 8 * c) for _ in range(3)),
+            *(Bottleneck(16 * c if i else 8 * c, 4 * c, 16 * c, 1, 2) for i in range(6)),
+            *(Bottleneck(32 * c if i else 16 * c, 8 * c, 32 * c, 1, 4) for i in range(3)))
+        self.reduce = nn.Sequential(*normed(32 * c, 8 * c, 1))
+        self.up_4 = nn.Sequential(*normed(8 * c, 4 * c, 3, 1, 2)[:-1])
+        self.side_2 = nn.Sequential(*normed(8 * c, 4 * c, 1)[:-1])
+        self.up_2 = nn.Sequential(*normed(4 * c, 4 * c, 3, 1, 2)[:-1])
         self.sub_1 = nn.Sequential(
-            *normed(3, w, 3, 2), *normed(w, w, 3, 2), *normed(w, 2 * w, 3, 2),
-            *normed(2 * w, 4 * w, 1)[:-1])                                   # (B, 128, 32, 32)
-        self.out = nn.Conv2d(4 * w, classes, 5, 1, 2)
+            *normed(3, c, 3, 2), *normed(c, c, 3, 2), *normed(c, 2 * c, 3, 2),
+            *normed(2 * c, 4 * c, 1)[:-1])                                   # (B, 128, 32, 32)
+        self.out = nn.Conv2d(4 * c, classes, 5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, (self.size, self.size), mode="nearest")
-        c31 = self.sub_2(x)
-        deep = self.sub_4(c31)                                               # (B, 1024, 8, 8)
+        half = self.sub_2(x)
+        deep = self.sub_4(half)                                              # (B, 1024, 8, 8)
         side = deep.shape[-1]
         pools = [F.avg_pool2d(deep, max(1, k * side // 8)) for k in (8, 4, 3, 2)]
-        deep = self.reduce(sum(F.interpolate(p, (side, side), mode="nearest") for p in pools))
-        middle = F.relu(self.up_4(up(deep)) + self.side_2(c31))              # (B, 128, 16, 16)
+        deep = self.reduce(sum(F.interpolate(pool, (side, side), mode="nearest") for pool in pools))
+        middle = F.relu(self.up_4(up(deep)) + self.side_2(half))             # (B, 128, 16, 16)
         fine = F.relu(self.up_2(up(middle)) + self.sub_1(x))                 # (B, 128, 32, 32)
         return up(self.out(up(fine, 4)))
 
@@ -817,14 +924,15 @@ class Segmenters(nn.Module):
         self.scales = nn.ModuleList(ICNet(classes, width, size) for _ in range(images))
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
-        return [s(x) for s, x in zip(self.scales, images)]
+        return [segment(x) for segment, x in zip(self.scales, images)]
 
 
 def initialise(net: nn.Module, gain: float = 0.02) -> None:
     """Convolutions and linear layers: Xavier with a gain (V2), or N(0, 0.02) (V1); biases 0.
 
-    Under spectral norm a weight's scale changes nothing but how fast Adam turns it: with SPADE's
-    0.02 the first hundreds of steps are spent on growing. A short run wants 1.
+    Gains of batch norms stay 1. Under spectral norm a weight's scale changes nothing but how fast
+    Adam turns it: with SPADE's 0.02 the first hundreds of steps are spent on growing. A short run
+    wants 1.
     """
     for name, parameter in net.named_parameters():
         if parameter.ndim > 1:
@@ -838,76 +946,92 @@ def speak_up(generator: nn.Module, segmenter: nn.Module | None) -> None:
     """Initial weights with which G's first images show the label, pale on grey. Ours, for V1.
 
     In V1 only S ties the image to the label, and S teaches nothing before it can tell where the
-    label is; with the usual weights z drowns it. So DG-Norm is louder, and z silent. S starts from
-    "nothing known": a random S sends G to random, glaring colours, and D never gets it back.
+    label is; with the usual weights z decides most of what is seen. So DG-Norm's guide is
+    strengthened, and z weakened: its layer starts at 0, and the gain of the batch norm that follows
+    at 0.1, since batch norm gives any f_z unit size, however small. S starts from "nothing known":
+    a random S sends G to random, glaring colours, from which D does not bring it back.
     """
     with torch.no_grad():
         for module in generator.modules():
             if isinstance(module, DGNorm):
                 module.shared.weight.mul_(10)
                 module.gamma_beta.weight.mul_(3)
-        if generator.fc is not None:
-            generator.fc.weight.zero_()
+        if generator.start is not None:
+            generator.start.weight.zero_()
+            norm = generator.blocks[0].norm_0.norm
+            if norm.affine:
+                norm.weight.fill_(0.1)
         for head in generator.heads:
             head.weight.mul_(0.1)
-        for s in segmenter.scales if segmenter is not None else ():
-            s.out.weight.zero_()
+        for each in segmenter.scales if segmenter is not None else ():
+            each.out.weight.zero_()
 
 
-# --------------------------------------------------------------------------------- 3 Losses
+# ---------------------------------------------------------------------------------- 3 Losses
+# `judged` is what Discriminators return: for each D_i [verdicts of its levels, its features].
 
-# The foreground of the released code, by class. Cityscapes: what is small or moves. Of ADE20K and
-# COCO-Stuff the background is listed, ids from 0 (wall) and, in COCO's own counting, from 1.
-FOREGROUND = {12, 13, 17, 18, 19, 20, 22, *range(24, 34)}
+# The foreground of the released code. Of Cityscapes: poles, lights, signs, people, vehicles, number
+# plates, and wall, fence and terrain; in V1 also ego vehicle, rail track and vegetation. Of ADE20K
+# and COCO-Stuff the background is listed, ids from 0 (wall) and, in COCO's own counting, from 1.
+FOREGROUND, MORE_IN_V1 = {12, 13, 17, 18, 19, 20, 22, *range(24, 35)}, {1, 10, 21}
 ADE20K_BACKGROUND = {*range(7), 9, 11, 13, 16, 17, 21, 25, 26, 29, 32, 46, 48, 51, 52, 54, 60, 61,
                      68, 69, 81, 91, 94, 101, 128}
 COCO_BACKGROUND = {*range(114, 119), 124, 126, 127, 128, 135, 136, 144, 145, 147, 148, 149, 151,
                    154, 155, *range(157, 163), 164, *range(169, 179), 182}
 
 
-def foreground_classes(classes: str) -> list[int]:
-    """Ids of a data set's foreground; unknown pixels are background."""
-    table, n = class_table(classes), len(class_table(classes).names)
+def foreground_classes(classes: str, version: str = "V2") -> list[int]:
+    """Ids of a data set's foreground; unknown pixels are background.
+
+    Of data that the releases do not know, classes of the same names as V2's in Cityscapes, and what
+    its own table calls things.
+    """
+    if classes == "cityscapes":
+        return sorted(FOREGROUND | (MORE_IN_V1 if version == "V1" else set()))
+    table, ids = class_table(classes), set(range(len(class_table(classes).names)))
     if classes == "ade20k":
-        return sorted(set(range(n)) - ADE20K_BACKGROUND)
+        return sorted(ids - ADE20K_BACKGROUND)
     if classes == "coco_stuff":
-        return sorted(set(range(n)) - {k - 1 for k in COCO_BACKGROUND})
+        return sorted(ids - {k - 1 for k in COCO_BACKGROUND})
     names = {class_table("cityscapes").names[k] for k in FOREGROUND} | table.things
     return [k for k, name in enumerate(table.names) if name in names]
 
 
-def foreground_mask(label: Tensor, classes: str, T: float) -> Tensor:
+def foreground_mask(label: Tensor, classes: str, T: float, version: str = "V2") -> Tensor:
     """Eq. (9): M_en (B, 1, H, W), P on background and T P on foreground, with mean 1 per image.
 
     P = (A + B) / (T A + B) for A pixels of foreground and B of background. With a mean of 1, D can
-    weigh fakes by it although real photos have no mask in V1.
+    weigh fakes by it although real photos have no mask in V1. Small things, people or signs, fill
+    few pixels; without it, D and G would hardly care about them (Sec. 3.2.1).
     """
-    front = torch.isin(label, torch.tensor(foreground_classes(classes), device=label.device))
+    ids = torch.tensor(foreground_classes(classes, version), device=label.device)
+    front = torch.isin(label, ids)
     weight = torch.where(front, T, 1.0)[:, None]                             # (B, 1, H, W)
     return weight / weight.mean((2, 3), keepdim=True)
 
 
 def expectation(q: Tensor, w: Tensor | None = None) -> Tensor:
-    """Eq. (14): E_M^il[q] = E[W_i^l q], W_i^l being M_en averaged to the size of q (B, 1, h, w).
+    """Eq. (14): E_M^il[q] = E[W_i^l q], W_i^l being M_en averaged to the size of q (B, 1, ., .).
 
-    Without a mask (real photos in V1, sketches, T = 1) all weights are one.
+    Without a mask (real photos in V1, sketches, T = 1) all weights are one. The mean runs over the
+    batch and all positions, and is not divided by the weights' sum: their mean is 1 anyway.
     """
     if w is None:
         return q.mean()
-    assert w.shape[1] == q.shape[1] == 1    # (B, h, w) times (B, 1, h, w) would mix the batch
+    assert w.shape[1] == q.shape[1] == 1    # (B, ., .) times (B, 1, ., .) would mix the batch
     return (F.adaptive_avg_pool2d(w, q.shape[-2:]) * q).mean()
 
 
-def hierarchical(verdicts: list, loss: Callable, w: Tensor | None = None) -> Tensor:
+def hierarchical(judged: list, loss: Callable, w: Tensor | None = None) -> Tensor:
     """What Eq. (10), (12), (13) share: sum_i 1/(sum_l lambda_il) sum_l lambda_il E[loss(D_i^l)].
 
     lambda_il is 1, 1/2, 1/4: the finest level weighs most, and each discriminator as much as every
-    other. verdicts: per scale [[logits per level], features].
+    other.
     """
     total = 0.0
-    for levels, _ in verdicts:
-        weights = [0.5 ** l for l in range(len(levels))]                     # Eq. (14)
-        terms = [k * expectation(loss(d), w) for k, d in zip(weights, levels)]
+    for verdicts, _ in judged:
+        weights = [0.5 ** level for level in range(len(verdicts))]           # Eq. (14)
+        terms = [k * expectation(loss(q), w) for k, q in zip(weights, verdicts)]
         total = total + sum(terms) / sum(weights)
     return total
 
@@ -918,18 +1042,18 @@ def generator_loss(fake: list, gan: str, w: Tensor | None = None) -> Tensor:
     Paper: L_adv^R, D's own loss on real images, for both. With hinge that would stop teaching G
     wherever D is fooled by a margin.
     """
-    return hierarchical(fake, (lambda d: -d) if gan == "hinge" else (lambda d: F.softplus(-d)), w)
+    return hierarchical(fake, (lambda q: -q) if gan == "hinge" else (lambda q: F.softplus(-q)), w)
 
 
 def fake_loss(fake: list, gan: str, w: Tensor | None = None) -> Tensor:
     """Eq. (12) and (26), L_1^D(X)_F: -log(1 - D(X)), or max(0, 1 + D(X))."""
-    return hierarchical(fake, (lambda d: F.relu(1 + d)) if gan == "hinge" else F.softplus, w)
+    return hierarchical(fake, (lambda q: F.relu(1 + q)) if gan == "hinge" else F.softplus, w)
 
 
 def real_loss(real: list, gan: str, w: Tensor | None = None) -> Tensor:
     """Eq. (13) and (27), L_1^D(Y)_R: -log D(Y), or max(0, 1 - D(Y)); W in V2 alone."""
-    return hierarchical(real, (lambda d: F.relu(1 - d)) if gan == "hinge" else
-                        (lambda d: F.softplus(-d)), w)
+    return hierarchical(real, (lambda q: F.relu(1 - q)) if gan == "hinge" else
+                        (lambda q: F.softplus(-q)), w)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -938,13 +1062,19 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def sharpness_loss(real: Tensor, blurred: Tensor) -> Tensor:
-    """Eq. (16) and (30), L_2: blurred photos are fakes; the real part again keeps the balance."""
+    """Eq. (16) and (30), L_2: blurred photos are fakes; the real part again keeps the balance.
+
+    It is D's alone. G gets nothing from it but a D that knows blur.
+    """
     return (real + blurred) / 2
 
 
 def blur(y: Tensor) -> Tensor:
     """Y^f: "downscale real images and upscale the downsampled ones", by 2 (Sec. 3.2.2)."""
     return up(F.avg_pool2d(y, 2))
+
+
+CONSISTENCY_LAYERS = ("conv1_2", "conv2_2", "conv3_2", "conv4_2", "conv5_2")      # of VGG-16
 
 
 def consistency_loss(images: list[dict], pooled: list[dict]) -> Tensor:
@@ -962,20 +1092,24 @@ def cycle_segmentation_loss(logits: list[Tensor], label: Tensor) -> Tensor:
 
     logits [(B, N, any size)], label (B, H, W). Every S_i's output is enlarged to the label's size.
     """
-    return sum(F.cross_entropy(F.interpolate(s, label.shape[-2:], mode="nearest"), label)
-               for s in logits)
+    return sum(F.cross_entropy(F.interpolate(found, label.shape[-2:], mode="nearest"), label)
+               for found in logits)
 
 
-VGG_LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4,
-              "relu5_1": 1.0}                                # of VGG-19, with lambda_M of Eq. (28)
-CONSISTENCY_LAYERS = ("conv1_2", "conv2_2", "conv3_2", "conv4_2", "conv5_2")      # of VGG-16
-TAPS = ("pool3", "pool4", "pool5")                           # of VGG-16, for D's perceptual branch
+VGG_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")         # of VGG-19, Eq. (28)
+LAMBDA_M = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 
 
-def perceptual_loss(fake: list[dict], real: list[dict]) -> Tensor:
-    """Eq. (28), L_v2_5: sum over scales and layers of lambda_Ml || Phi_l(X_i) - Phi_l(Y_i) ||_1."""
+def perceptual_loss(fake: list[dict], real: list[dict], weights: tuple = LAMBDA_M) -> Tensor:
+    """Eq. (28), L_v2_5: sum over scales and layers of lambda_Ml || Phi_l(X_i) - Phi_l(Y_i) ||_1.
+
+    The printed weights count on layers that know objects. A random VGG's know the less the deeper
+    they are: after ten steps of toy, the gradient of relu5_1 pointed nowhere (its cosine with the
+    gradient of a pixel-wise L1 was -0.03, that of relu1_1 0.67). So, ours: with --vgg random the
+    weights are taken in reverse.
+    """
     return sum(weight * (x[name] - y[name]).abs().mean()
-               for x, y in zip(fake, real) for name, weight in VGG_LAYERS.items())
+               for x, y in zip(fake, real) for name, weight in zip(VGG_LAYERS, weights))
 
 
 def feature_matching_loss(fake: list, real: list, released: bool = False) -> Tensor:
@@ -990,40 +1124,45 @@ def feature_matching_loss(fake: list, real: list, released: bool = False) -> Ten
     return total
 
 
-# ------------------------------------------------------------------------------- 4 Training
+# -------------------------------------------------------------------------------- 4 Training
 
 @dataclass
 class State:
-    """All that training changes. Whatever has a state_dict, and the counters, are saved."""
+    """All that training changes, and the frozen networks that it asks."""
     generator: nn.Module
-    discriminator: nn.Module                    # D_3, D_2, D_1
+    discriminator: nn.Module | None             # D_3, D_2, D_1
     segmenter: nn.Module | None                 # S_3, S_2, S_1, with lambda_4
     vgg16: nn.Module | None                     # frozen: D's perceptual branch and Eq. (18)
     vgg19: nn.Module | None                     # frozen: Eq. (28)
-    opt_g: torch.optim.Optimizer                # of G and S_i: net_1                    Sec. 4.1.3
-    opt_d: torch.optim.Optimizer                # of D_i: net_2
-    step: int = 0                               # updates done
-    epoch: int = 0                              # passes completed
-    seen: int = 0                               # images of this pass already used, by all processes
+    opt_g: torch.optim.Optimizer                # of G and S_i: net_1, Sec. 4.1.3
+    opt_d: torch.optim.Optimizer | None         # of D_i: net_2
 
 
 def channels(cfg: Config) -> int:
-    """Of M: one of a sketch, or one per class and, in V2, one of the instances' edges."""
+    """N, those of M: one of a sketch, or one per class and, in V2, one of the instances' edges.
+
+    Pixels of unknown class have a channel of their own, where the data set has such pixels.
+    """
     return 1 if cfg.task != "labels" else class_table(cfg.classes).channels + cfg.edges
 
 
-def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]:
-    """G, D and S. D sees the label in V2 alone, Eq. (22)."""
-    n, v1 = channels(cfg), cfg.version == "V1"
+def networks(cfg: Config) -> tuple[nn.Module, Discriminators | None, Segmenters | None]:
+    """G, D and S. D sees the label in V2 alone, Eq. (22); S exists in V1 alone, Eq. (19).
+
+    G's first feature is made for one size. That is the size of training, which a checkpoint keeps
+    as z_size; so a network still fits when it is asked for images of another size.
+    """
+    n, v1, size = channels(cfg), cfg.version == "V1", cfg.z_size or cfg.size
     if v1:
-        generator = GeneratorV1(n, cfg.size, cfg.width, cfg.ups, cfg.noise, cfg.task != "labels",
+        generator = GeneratorV1(n, size, cfg.width, cfg.ups, cfg.noise, cfg.task != "labels",
                                 cfg.dgnorm, cfg.pg, cfg.lsca, cfg.form, cfg.smooth)
     else:
-        generator = GeneratorV2(n, cfg.size, cfg.width, cfg.ups, cfg.noise, cfg.first, cfg.dgnorm,
+        generator = GeneratorV2(n, size, cfg.width, cfg.ups, cfg.noise, cfg.first, cfg.dgnorm,
                                 cfg.form, cfg.smooth)
-    discriminator = Discriminators(3 if v1 else n + 3, cfg.scales, cfg.d_width, cfg.discriminator,
-                                   cfg.d_norm, cfg.vgg_width)
-    segmenter = None
+    discriminator, segmenter = None, None
+    if cfg.discriminator != "none":
+        discriminator = Discriminators(3 if v1 else n + 3, cfg.scales, cfg.d_width,
+                                       cfg.discriminator, cfg.d_norm, cfg.vgg_width)
     if cfg.lambda_4:                            # a sketch has two classes: ink and blank
         segmenter = Segmenters(2 if cfg.task != "labels" else n, 3 if cfg.pg else 1, cfg.s_width,
                                cfg.s_size)
@@ -1036,40 +1175,47 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators, Segmenters | None]
 
 
 def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.device) -> nn.Module:
-    """VGG features that nobody trains, once for all discriminators and losses that want them."""
-    vgg = common.VGGFeatures(layers, depth, cfg.vgg, not cfg.vgg_raw, width=cfg.vgg_width)
-    return dress(vgg.to(device, memory_format=memory_format(cfg, device)), cfg, device)
+    """VGG features that nobody trains, once for all discriminators and losses that want them.
+
+    Each D_i has a VGG-16 of its own in the releases; all are equal, so one does for all.
+    """
+    raw = cfg.vgg16_raw if depth == 16 else cfg.vgg19_raw
+    vgg = common.VGGFeatures(layers, depth, cfg.vgg, not raw, width=cfg.vgg_width)
+    return dress(vgg, cfg, device)
 
 
 def build(cfg: Config, device: torch.device) -> State:
-    """Networks and optimisers; precision, compilation and distribution go around the networks."""
+    """Networks and optimisers; precision, compilation and distribution go around the networks.
+
+    S is in G's optimiser, since both are net_1 (Sec. 4.1.3): the same losses train them.
+    """
     torch.manual_seed(cfg.seed)
-    nets = networks(cfg)
-    for net in nets:
-        if net is not None:
-            net.to(device, memory_format=memory_format(cfg, device))
+    nets = [net and dress(net, cfg, device) for net in networks(cfg)]
     layers = (TAPS if cfg.discriminator == "hpd" else ()) + (
         CONSISTENCY_LAYERS if cfg.lambda_3 else ())
     vgg16 = frozen_vgg(layers, 16, cfg, device) if layers else None
-    vgg19 = frozen_vgg(tuple(VGG_LAYERS), 19, cfg, device) if cfg.lambda_5 else None
+    vgg19 = frozen_vgg(VGG_LAYERS, 19, cfg, device) if cfg.lambda_5 else None
     generator, discriminator, segmenter = nets
-    adam = [torch.optim.Adam(trained(*some), rate, cfg.betas, fused=True) for some, rate in
-            zip(((generator, segmenter), (discriminator,)), learning_rates(cfg, 0))]
+    adam = [torch.optim.Adam(trained(*some), cfg.lr, cfg.betas, fused=True) if some[0] else None
+            for some in ((generator, segmenter), (discriminator,))]
+    for optimiser in filter(None, adam):
+        optimiser.register_step_pre_hook(average_gradients)
     state = State(*nets, vgg16, vgg19, *adam)
-    for path in cfg.init:
-        load_networks(state, Path(path))
-    state.generator, state.discriminator, state.segmenter = (
-        net and dress(net, cfg, device) for net in nets)
+    if cfg.init:
+        load(state, *cfg.init)
     return state
 
 
 def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
-    """The parameters that the optimiser moves."""
-    return [p for net in nets if net is not None for p in net.parameters() if p.requires_grad]
+    """The parameters of networks, in the order in which an optimiser holds them."""
+    return [p for net in nets if net is not None for p in net.parameters()]
 
 
 def boundary_map(instance: Tensor) -> Tensor:
-    """(B, H, W) -> (B, 1, H, W): 1 where the object differs from one of its four neighbours."""
+    """(B, H, W) -> (B, 1, H, W): 1 where the object differs from one of its four neighbours.
+
+    Both sides of a border are marked. It tells two parked cars apart, which one label does not.
+    """
     edge = torch.zeros_like(instance, dtype=torch.bool)
     across, down = instance[:, :, 1:] != instance[:, :, :-1], instance[:, 1:] != instance[:, :-1]
     edge[:, :, 1:] |= across
@@ -1082,7 +1228,8 @@ def boundary_map(instance: Tensor) -> Tensor:
 def sketch_of(image: Tensor) -> Tensor:
     """An edge map (B, 1, H, W) of photos, ink -1 on paper 1, where no sketches are given. Ours.
 
-    Sobel's gradient of the grey image, smoothed 3 x 3; the steepest eighth of the pixels is ink.
+    The paper's shoes and handbags come with sketches. For other photos: Sobel's gradient of the
+    grey image, smoothed 3 x 3; the steepest eighth of the pixels is ink.
     """
     grey = F.avg_pool2d(F.pad(image.mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 3, 1)
     sobel = grey.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])[None, None]
@@ -1094,8 +1241,9 @@ def sketch_of(image: Tensor) -> Tensor:
 def make_pair(batch: dict, cfg: Config) -> dict:
     """A batch of common.Dataset with "input" M (B, N, H, W) added, and with T > 1 its "mask" M_en.
 
-    Labels are one-hot, in V2 with the edges of instances. A sketch has one channel, ink -1, and its
-    "label" (for S) says where the ink is.
+    Labels are one-hot, in V2 with the edges of instances, which the paper does not mention and the
+    release feeds. A sketch has one channel, ink -1, and its "label" (for S) says where the ink is.
+    The mask is made here, at full size; every level of every D_i averages it to its own.
     """
     if cfg.task != "labels":
         m = batch["input"].mean(1, keepdim=True) if "input" in batch else sketch_of(batch["image"])
@@ -1103,14 +1251,18 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     m = F.one_hot(batch["label"], class_table(cfg.classes).channels).movedim(-1, 1).float()
     if cfg.edges:
         m = torch.cat([m, boundary_map(batch["instance"])], 1)
-    mask = {"mask": foreground_mask(batch["label"], cfg.classes, cfg.T)} if cfg.T != 1 else {}
-    return batch | {"input": m} | mask
+    batch = batch | {"input": m.contiguous()}
+    if cfg.T != 1:
+        batch["mask"] = foreground_mask(batch["label"], cfg.classes, cfg.T, cfg.version)
+    return batch
 
 
 def pyramid(x: Tensor, n: int, cfg: Config) -> list[Tensor]:
     """[x, half, quarter, ...], n in all. V1 averages 2 x 2 pixels, V2 3 x 3, padding not counted.
 
-    In V2 the label goes through it as well, and gets fractional; X_i* of Eq. (22) is M_i and X_i.
+    In V2 the label goes through it as well: at the borders of classes its channels get fractional,
+    which says how much of each class the larger pixel covers. X_i* of Eq. (22) is X_i and M_i.
+    Both ways are the releases'; in V1, D_2 and D_1 judge what G itself makes at these sizes.
     """
     sizes = [x]
     while len(sizes) < n:
@@ -1120,77 +1272,77 @@ def pyramid(x: Tensor, n: int, cfg: Config) -> list[Tensor]:
 
 
 def with_label(images: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-    """Eq. (22): X_i* = (X_i, M), along the channels; M serves several groups of images."""
-    return [torch.cat([m.repeat(len(x) // len(m), 1, 1, 1), x], 1)
-            for x, m in zip(images, labels)]
+    """Eq. (22): X_i* = (X_i, M), along the channels, at each scale.
+
+    So D_i can ask whether the image fits its label, not only whether it looks like a photo. The
+    label's channels come first, as in the release.
+    """
+    return [torch.cat([m, x], 1) for x, m in zip(images, labels)]
 
 
-def perceive(vgg: nn.Module | None, images: list[Tensor]) -> list[dict]:
-    """The frozen VGG's features of every image; nothing where the discriminator has no use."""
+def perceive(vgg: nn.Module | None, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The frozen VGG's features of each image; nothing where the discriminator has no use.
+
+    Gradients pass through VGG to a generated image, and so tell G what VGG would rather see.
+    """
     return [vgg(x) if vgg is not None else {} for x in images]
 
 
-def taps(features: list[dict]) -> list[list[Tensor]]:
-    """Per scale v_1, v_2, v_3 (Fig. 6), for D's perceptual branch."""
-    return [[f[name] for name in TAPS if name in f] for f in features]
-
-
-def split(verdicts: list, n: int) -> list:
-    """Verdicts on n groups of images that were judged in one batch, group by group."""
-    parts = [[[t.chunk(n) for t in kind] for kind in scale] for scale in verdicts]
-    return [[[[t[k] for t in kind] for kind in scale] for scale in parts] for k in range(n)]
-
-
-def lambda_2(cfg: Config, epoch: int) -> float:
-    """Of the sharpness loss: constant, or from 0 to 1 over the run (Sec. 5.2)."""
-    return cfg.lambda_2 * epoch / max(cfg.epochs - 1, 1) if cfg.ramp else cfg.lambda_2
-
-
 def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
-    """One update of G (with S) and one of D: Eq. (20) of V1, Eq. (31) of V2."""
+    """One update of G (with S) and one of D: Eq. (20) of V1, Eq. (31) of V2.
+
+    The losses that are returned are without their lambdas: g_... are G's, d_... are D's.
+    """
     return (step_v1 if cfg.version == "V1" else step_v2)(state, batch, cfg)
 
 
 def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Eq. (20), Fig. 7: M and Y have nothing to do with each other. Returns the paper's losses.
 
-    Both players' gradients are taken from one pass, before either update (Eq. (15)); `inputs` says
-    whose weights each backward pass is for, so nothing is computed twice for a detach.
+        z, M -> G -> X_i -> S_i -> is it M?  Eq. (19)      X_(i+1), halved, is like X_i?  Eq. (18)
+                      |
+                      v
+        Y_i, Y_i^f -> D_i -> a photo, and sharp?  Eq. (15), (16)
+
+    Eq. (15) is one sum of both players' losses, but no player can minimise the other's: G lowers
+    L^G, D lowers L^D. Both parts are made of one pass of G and D, before either update; `inputs`
+    says whose gradients each backward pass makes. S_i is trained with G, on generated images only:
+    nobody ever shows it a photo with its label, there is none in V1.
     """
     G, D, S = state.generator, state.discriminator, state.segmenter
     m, y, w = batch["input"], batch["image"], batch.get("mask")
-    x = G(torch.randn(len(m), cfg.noise, device=m.device), m)                # [X_3, X_2, X_1]
-    x = x if cfg.pg else pyramid(x[0], cfg.scales, cfg)
-    seen = perceive(state.vgg16, x)             # serves D and Eq. (18)
-    fake = D(x, taps(seen))
+    xs = G(torch.randn(len(m), cfg.noise, device=m.device), m)               # [X_3, X_2, X_1]
+    xs = xs if cfg.pg else pyramid(xs[0], cfg.scales, cfg)
+    features = perceive(state.vgg16, xs)        # for D and for Eq. (18)
+    fake = D(xs, features)
 
-    # net_1, G and S_i: they know no photo but through D.
+    # net_1, G and S_i: they know no photo but through D. The fake verdicts serve twice, here for
+    # G's gradient, below for D's; hence the graph is retained.
     losses = {"g_adv": generator_loss(fake, cfg.gan, w)}                     # Eq. (10)
     objective = losses["g_adv"]
     if cfg.lambda_3:
-        halved = [F.avg_pool2d(each, 2) for each in x[:2]]                   # P_2(X_3), P_2(X_2)
-        losses["g_con"] = consistency_loss(seen[1:], perceive(state.vgg16, halved))
+        halved = [F.avg_pool2d(x, 2) for x in xs[:2]]                        # P_2(X_3), P_2(X_2)
+        losses["g_con"] = consistency_loss(features[1:], perceive(state.vgg16, halved))
         objective = objective + cfg.lambda_3 * losses["g_con"]
     if cfg.lambda_4:
-        losses["g_seg"] = cycle_segmentation_loss(S(x if cfg.pg else x[:1]), batch["label"])
+        losses["g_seg"] = cycle_segmentation_loss(S(xs if cfg.pg else xs[:1]), batch["label"])
         objective = objective + cfg.lambda_4 * losses["g_seg"]
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(G, S), retain_graph=True)
 
-    # net_2, D_i: real and blurred photos in one batch; instance norm keeps them apart.
-    with torch.no_grad():
-        ys = pyramid(y, cfg.scales, cfg)                                     # Y_3, Y_2, Y_1
-        groups = 2 if cfg.lambda_2 else 1
-        photos = [torch.cat([each, blur(each)]) if cfg.lambda_2 else each for each in ys]
-        seen = taps(perceive(state.vgg16, photos))
-    real, *blurred = split(D(photos, seen), groups)
+    # net_2, D_i: photos, generated images (judged above), blurred photos. Blurred ones are fakes to
+    # D, so that it learns to look at sharpness, and G must be sharp (Sec. 3.2.2).
+    ys = pyramid(y, cfg.scales, cfg)                                         # Y_3, Y_2, Y_1
+    softs = [blur(each) for each in ys]                                      # Y_3^f, Y_2^f, Y_1^f
+    with parametrize.cached():                  # one D for both: its spectral norms, found once
+        real = D(ys, perceive(state.vgg16, ys))
+        blurred = D(softs, perceive(state.vgg16, softs)) if cfg.lambda_2 or cfg.ramp else None
     losses["d_real"] = real_loss(real, cfg.gan)                              # Eq. (13)
     losses["d_fake"] = fake_loss(fake, cfg.gan, w)                           # Eq. (12)
     objective = discriminator_loss(losses["d_real"], losses["d_fake"])       # Eq. (11)
-    for each in blurred:
-        losses["d_blur"] = fake_loss(each, cfg.gan)     # Y^f has no label here, so no mask
-        sharp = sharpness_loss(losses["d_real"], losses["d_blur"])           # Eq. (16)
-        objective = objective + lambda_2(cfg, state.epoch) * sharp
+    if blurred is not None:
+        losses["d_blur"] = fake_loss(blurred, cfg.gan)      # Y^f has no label here, so no mask
+        objective = objective + cfg.lambda_2 * sharpness_loss(losses["d_real"], losses["d_blur"])
     state.opt_d.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(D))
     state.opt_g.step()
@@ -1201,53 +1353,57 @@ def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Eq. (31) and (32), Fig. 8: an update of G, then one of D against the new G.
 
-    What VGG-16 and VGG-19 see in the real photo is computed once, without a graph.
+        z, M -> G -> X -> X_i, M -> D_i -> a photo, and sharp?  Eq. (32), (30)
+                      |   Y_i, M -> D_i
+                      |             D_i's features of both alike?  Eq. (29)
+                      + , Y -> VGG-19's features of both alike?    Eq. (28)
+
+    As in SPADE, G is updated first, and D then judges an image of the new G, made of the same z.
+    Photos need no gradient, and both VGGs are frozen: what is found in Y keeps no graph.
     """
     G, D, n = state.generator, state.discriminator, cfg.scales
     m, y, w = batch["input"], batch["image"], batch.get("mask")
     z = torch.randn(len(m), cfg.noise, device=m.device)
-    labels, ys = pyramid(m, n, cfg), pyramid(y, n, cfg)                      # M, Y_3, Y_2, (Y_1)
+    ms, ys = pyramid(m, n, cfg), pyramid(y, n, cfg)                          # M; Y_3, Y_2, (Y_1)
+    vgg_y = perceive(state.vgg16, ys)           # serves both players
 
-    # G: D is frozen, and shows G what it feels at the real photo, too.
+    # G: D is frozen, and shows G which features it finds in the real photo, too.
     D.requires_grad_(False)
-    judge = plain(D)                            # DDP's own wrapper would wait for gradients of D
     xs = pyramid(G(z, m)[0], n, cfg)                                         # X_3, X_2, (X_1)
-    fake = judge(with_label(xs, labels), taps(perceive(state.vgg16, xs)))
+    fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
     losses = {"g_adv": generator_loss(fake, cfg.gan, w)}                     # Eq. (24)
     objective = losses["g_adv"]
-    with torch.no_grad():
-        known = taps(perceive(state.vgg16, ys))
     if cfg.lambda_5:
         k = 1 if cfg.released_losses else n
-        with torch.no_grad():
-            target = perceive(state.vgg19, ys[:k])
-        losses["g_vgg"] = perceptual_loss(perceive(state.vgg19, xs[:k]), target)      # Eq. (28)
+        weights = LAMBDA_M[::-1] if cfg.vgg == "random" else LAMBDA_M
+        losses["g_vgg"] = perceptual_loss(perceive(state.vgg19, xs[:k]),
+                                          perceive(state.vgg19, ys[:k]), weights)      # Eq. (28)
         objective = objective + cfg.lambda_5 * losses["g_vgg"]
     if cfg.lambda_6:
-        with torch.no_grad():
-            real = judge(with_label(ys, labels), known)
-        losses["g_fm"] = feature_matching_loss(fake, real, cfg.released_losses)       # Eq. (29)
+        real = D(with_label(ys, ms), vgg_y)
+        losses["g_fm"] = feature_matching_loss(fake, real, cfg.released_losses)        # Eq. (29)
         objective = objective + cfg.lambda_6 * losses["g_fm"]
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward()
     state.opt_g.step()
 
-    # D: real, generated and blurred photos in one batch; instance norm keeps them apart.
+    # D: photos, images of the new G, blurred photos, all three with the label and the mask. Judged
+    # in one batch or one by one they get the same verdicts, since instance norm looks at each image
+    # alone; one by one is as fast.
     D.requires_grad_(True)
     with torch.no_grad():
-        new = pyramid(G(z, m)[0], n, cfg)
-        if cfg.lambda_2:
-            new = [torch.cat([x, blur(each)]) for x, each in zip(new, ys)]
-        found = taps(perceive(state.vgg16, new))
-        images = with_label([torch.cat(pair) for pair in zip(ys, new)], labels)
-        seen = [[torch.cat(t) for t in zip(*pair)] for pair in zip(known, found)]
-    real, fake, *blurred = split(D(images, seen), 3 if cfg.lambda_2 else 2)
-    losses["d_real"], losses["d_fake"] = real_loss(real, cfg.gan, w), fake_loss(fake, cfg.gan, w)
+        xs = pyramid(G(z, m)[0], n, cfg)
+    softs = [blur(each) for each in ys]                                      # Y_3^f, Y_2^f, (Y_1^f)
+    with parametrize.cached():                  # one D for all: its spectral norms, found once
+        real = D(with_label(ys, ms), vgg_y)
+        fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
+        blurred = D(with_label(softs, ms), perceive(state.vgg16, softs)) if cfg.lambda_2 else None
+    losses["d_real"] = real_loss(real, cfg.gan, w)                           # Eq. (27)
+    losses["d_fake"] = fake_loss(fake, cfg.gan, w)                           # Eq. (26)
     objective = discriminator_loss(losses["d_real"], losses["d_fake"])       # Eq. (25)
-    for each in blurred:
-        losses["d_blur"] = fake_loss(each, cfg.gan, w)
-        sharp = sharpness_loss(losses["d_real"], losses["d_blur"])           # Eq. (30)
-        objective = objective + lambda_2(cfg, state.epoch) * sharp
+    if blurred is not None:
+        losses["d_blur"] = fake_loss(blurred, cfg.gan, w)
+        objective = objective + cfg.lambda_2 * sharpness_loss(losses["d_real"], losses["d_blur"])
     state.opt_d.zero_grad(set_to_none=True)
     objective.backward()
     state.opt_d.step()
@@ -1255,551 +1411,161 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 
 
 def learning_rates(cfg: Config, epoch: int) -> tuple[float, float]:
-    """Of G and of D: constant for half the epochs, then down in equal steps; the last is not 0."""
+    """Of G and of D: constant for half the epochs, then down in equal steps; the last is not 0.
+
+    Paper: "decay to 0" (Sec. 5.2), which would be reached one epoch after the end.
+    """
     falling = cfg.epochs // 2 if cfg.decay else 0
     rate = cfg.lr * (1 - max(0, epoch - (cfg.epochs - falling)) / max(falling, 1))
     return (rate / 2, 2 * rate) if cfg.ttur else (rate, rate)
 
 
-# From here to Log all is word for word the same in the four scripts, but for these two names.
+def lambda_2(cfg: Config, epoch: int) -> float:
+    """Weight of the sharpness loss: constant, or from 0 to 1 over the run (Sec. 5.2).
 
-NAME = "lab2pix"
-NETWORKS = ("generator", "discriminator", "segmenter")       # in State
-
-
-def memory_format(cfg: Config, device: torch.device) -> torch.memory_format:
-    on = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
-    return torch.channels_last if on else torch.contiguous_format
-
-
-def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """Autocast, torch.compile and DistributedDataParallel, as asked for, around a network."""
-    if cfg.precision == "bf16":                 # losses and optimisers stay in float32
-        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-        net.forward = lambda *x: to_float(forward(*x))
-    if cfg.compile:
-        net.compile()                           # in place: names in the checkpoint stay as they are
-    if dist.is_initialized() and any(p.requires_grad for p in net.parameters()):
-        if device.type == "cuda":               # on the CPU each process has its own statistics
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        ids = [device.index] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False)
-    return net
-
-
-def to_float(output):
-    """float32 of a tensor, or of every tensor in a list or a dict."""
-    if isinstance(output, dict):
-        return {name: each.float() for name, each in output.items()}
-    return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
-
-
-def plain(net: nn.Module) -> nn.Module:
-    """The network itself, without DistributedDataParallel around it."""
-    return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-
-
-def place() -> tuple[int, int]:
-    """(rank, number of processes): (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def pick_device(cfg: Config) -> torch.device:
-    """The device of this process. Under torchrun it also joins the other processes."""
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpu = cfg.gpu if cfg.gpu is not None else int(os.environ.get("LOCAL_RANK", 0)) if n else -1
-    if cfg.gpu is not None and cfg.gpu >= 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--gpu {gpu}: torchrun gives each process its own GPU; leave the flag out")
-    if not -1 <= gpu < n:
-        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
-        raise UserError(f"--gpu {gpu}: this machine has {here}; use --gpu -1 for the CPU")
-    device = torch.device("cpu") if gpu < 0 else torch.device("cuda", gpu)
-    if gpu >= 0:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu >= 0 else "gloo")
-    return device
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: end the step, save, say how to resume. A second Ctrl-C ends at once."""
-    signal = 0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, self.before[number])
-
-    def asked(self, device: torch.device, step: int) -> bool:
-        """True once any process was asked to stop: all must leave the loop at the same step."""
-        if dist.is_initialized():
-            if step % 10:                       # asking makes everyone wait
-                return False
-            signals = torch.tensor(self.signal, device=device)
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-            self.signal = int(signals)
-        return self.signal > 0
-
-
-def save_checkpoint(state: State, cfg: Config) -> None:
-    """Everything that resuming needs, as plain tensors and numbers, in one file."""
-    for net in (getattr(state, name) for name in NETWORKS):
-        if net is not None and not all(p.isfinite().all() for p in net.parameters()):
-            raise UserError(f"a weight is nan or infinite after step {state.step}: stopped; the "
-                            "last good checkpoint is kept. A smaller --lr may help")
-    content = {"script": NAME, "config": asdict(cfg)}
-    for name, value in vars(state).items():
-        content[name] = plain(value).state_dict() if hasattr(value, "state_dict") else value
-    common.save_file(content, Path(cfg.out) / "checkpoint.pt")
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint, or {"released": weights} of a file that is not ours."""
-    stored = common.load_file(path, f"give a checkpoint of {NAME}.py")
-    if "script" not in stored:
-        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored.items()):
-            raise UserError(f"{path}: neither a checkpoint of {NAME}.py nor a dict of weights")
-        return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
-    if stored["script"] != NAME:
-        raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
-    if NETWORKS[0] not in stored:
-        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
-    return stored
-
-
-def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Config:
-    """The checkpoint's config with the given flags; those not `free` must not contradict it."""
-    if "config" not in stored:
-        raise UserError(f"{path}: bare weights; start from them with --init")
-    strange = set(stored["config"]) - set(vars(Config()))
-    if strange:
-        raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
-    cfg = Config(**stored["config"])
-    try:
-        check_config(cfg)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
-    for name, value in given.items():
-        if name not in free and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
-                            f"{getattr(cfg, name)}; leave the flag out")
-    return replace(cfg, **given)
-
-
-def restore(state: State, stored: dict, path: Path) -> None:
-    """Continue exactly: networks, optimisers, and the place in the data."""
-    try:
-        for name, value in vars(state).items():
-            if hasattr(value, "load_state_dict"):
-                plain(value).load_state_dict(stored[name])
-            else:
-                setattr(state, name, stored[name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
-        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
-                        "start from its weights with --init")
-
-
-def load_networks(state: State, path: Path, names: tuple[str, ...] = NETWORKS) -> None:
-    """Weights only, for --init and for testing; names and shapes are compared first.
-
-    A released D of V1 is one of three files; what it does not hold stays as it is.
+    In the first epoch of V1 blurred photos are judged and logged, but do not count.
     """
-    stored = read_checkpoint(path)
-    released = "released" in stored
-    if released:
-        stored = rename_released(stored["released"], path)
-    shared = [name for name in names
-              if getattr(state, name) is not None and stored.get(name) is not None]
-    if not shared:
-        raise UserError(f"{path}: holds {', '.join(stored)}, of which this run uses nothing")
-    for name in shared:
-        net, theirs = getattr(state, name), stored[name]
-        own = plain(net).state_dict()
-        part = tuple({k.split(".")[1] for k in theirs}) if released and name != "generator" else ()
-        shapes = {k: tuple(v.shape) for k, v in own.items() if "num_batches" not in k
-                  and (not part or k.split(".")[1] in part)}
-        got = {k: tuple(v.shape) for k, v in theirs.items() if "num_batches" not in k}
-        wrong = sorted(k for k in shapes | got if shapes.get(k) != got.get(k))
-        if wrong:
-            raise UserError(f"{path}: another {name}: {wrong[0]} is {got.get(wrong[0], 'absent')}, "
-                            f"expected {shapes.get(wrong[0], 'absent')} ({len(wrong)} such)")
-        plain(net).load_state_dict(own | theirs)
+    return cfg.lambda_2 * epoch / max(cfg.epochs - 1, 1) if cfg.ramp else cfg.lambda_2
 
 
-def next_run(kind: str = NAME) -> Path:
-    """The next free runs/<kind>-N, claimed by making it."""
-    for n in range(1, 10 ** 6):
-        path = Path("runs") / f"{kind}-{n}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); say where with --out")
-
-
-def newest_run() -> Path:
-    """The folder in runs/ whose checkpoint is the youngest."""
-    runs = sorted(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(f"runs/: no run of {NAME}.py yet; train first, or say --checkpoint FILE")
-    return runs[-1].parent
-
-
-def open_run(cfg: Config, resume: bool) -> Config:
-    """Make the run's folder, never one that holds another run; write config.json."""
-    out = Path(cfg.out) if cfg.out else next_run()
-    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
-        raise UserError(f"--out {out}: holds a run already; --resume continues it")
-    cfg = replace(cfg, out=str(out))
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})")
-    return cfg
-
-
-class Log:
-    """log.csv and losses.png. Losses stay on the device until `write`: no step waits for them."""
-    EVERY = 20                                  # steps per row
-
-    def __init__(self, folder: Path, step: int):
-        self.path, self.pending, self.begun, self.waited = folder / "log.csv", [], time.time(), 0.0
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
-                            and int(line.split(",")[0]) <= step]
-        if lines:                               # resuming repeats the steps after the checkpoint
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("\n".join(kept) + "\n" if step else "")
-            os.replace(temporary, self.path)
-
-    def write(self, state: State, images: int) -> dict:
-        """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        names = list(self.pending[0])
-        values = torch.stack([torch.stack([step[k] for k in names]) for step in self.pending]).cpu()
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise UserError(
-                f"loss {names[column]} is {values[row, column]} at step "
-                f"{state.step - len(values) + 1 + row}: stopped; the last good checkpoint is kept. "
-                "A smaller --lr may help")
-        span = time.time() - self.begun
-        row = {"step": state.step, "epoch": state.epoch}
-        row |= {k: f"{v:.5g}" for k, v in zip(names, values.mean(0).tolist())}
-        row["images/s"] = f"{images * len(values) / span:.3g}"
-        row["wait"] = f"{self.waited / span:.2f}"
-        with open(self.path, "a") as file:
-            if not file.tell():
-                file.write(",".join(row) + "\n")
-            file.write(",".join(map(str, row.values())) + "\n")
-        self.pending, self.begun, self.waited = [], time.time(), 0.0
-        return row
-
-    def plot(self) -> None:
-        names, *rows = [line.split(",") for line in self.path.read_text().splitlines()]
-        figure = matplotlib.figure.Figure(figsize=(8, 4.5))
-        axes = figure.subplots()
-        for k, name in enumerate(names[2:-2], 2):
-            values = [float(row[k]) for row in rows]
-            smooth = [sum(v) / len(v) for v in (values[max(0, i - 9): i + 1]
-                                                for i in range(len(values)))]
-            axes.plot([int(row[0]) for row in rows], smooth, label=name)
-        axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
-        axes.legend(frameon=False)
-        figure.savefig(self.path.with_name("losses.png"), dpi=120, bbox_inches="tight")
-
-
-def dataset(cfg: Config, split: str) -> common.Dataset:
-    train = split == "train"
-    return common.Dataset(
-        cfg.data, split, cfg.size, jitter=train and cfg.jitter, mirror=train and cfg.mirror,
-        classes=cfg.classes, direction=cfg.direction, limit=cfg.limit, seed=cfg.seed,
-        photos_only=cfg.task == "edges", instances=cfg.edges, unpaired=cfg.version == "V1")
-
-
-class Unpaired(torch.utils.data.Dataset):
-    """Labels and photos of one data set, shuffled apart: no photo ever meets its own label (V1).
-
-    Item i has label i and the photo that follows i in a random cycle through all photos, another
-    cycle in each epoch. A cycle has no fixed point, and passes each photo once.
-    """
-
-    def __init__(self, source: common.Dataset, edges: bool = False):
-        self.source, self.labels, self.photos = source, copy.copy(source), copy.copy(source)
-        self.edges, self.epoch, self.cycle = edges, 0, (None, None)
-        if len(source) < 2:
-            raise UserError(f"--data {source.data}: one example; V1 needs two, never to be paired")
-        if source.data and not edges:           # what is not read cannot leak
-            photo = ("image", "B" if source.direction == "AtoB" else "A")
-            self.labels.files, self.photos.files = (
-                [{k: v for k, v in files.items() if k not in unread} for files in source.files]
-                for unread in (photo, ("label", "instance")))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def partner(self, i: int, epoch: int) -> int:
-        """The photo of item i in an epoch; it hangs on (seed, epoch) alone."""
-        if self.cycle[0] != epoch:
-            seed = hash((self.source.seed, epoch)) % 2 ** 63
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-            follower = torch.empty_like(order)
-            follower[order] = order.roll(-1)
-            self.cycle = (epoch, follower)
-        return int(self.cycle[1][i])
-
-    def __getitem__(self, index: int | tuple[int, int]) -> dict:
-        epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
-        item = self.labels[epoch, i]
-        if self.edges:
-            item = {"name": item["name"], "input": sketch_of(item["image"][None])[0]}
-        return {k: item[k] for k in ("name", "label", "input") if k in item} | {
-            "image": self.photos[epoch, self.partner(i, epoch)]["image"]}
-
-
-def open_data(cfg: Config) -> tuple[Config, torch.utils.data.Dataset, common.Dataset]:
-    """Both splits, and the config with what the data turned out to be: classes, edges, T."""
-    train_set = dataset(cfg, "train")
-    roles, layout = train_set.roles, train_set.layout.name
-    cfg = replace(cfg, classes=train_set.classes)
-    if not roles & {"image", "B", "pair"}:
-        raise UserError(f"--data {cfg.data}: layout {layout}, without photos; training needs them")
-    if "label" not in roles and cfg.task == "labels":
-        raise UserError(f"--data {cfg.data}: layout {layout} has no label maps; for sketches, "
-                        "--version V1 --task sketch; to make them from the photos, --task edges")
-    if "label" in roles and cfg.task == "sketch":
-        raise UserError("--task sketch: this dataset has label maps; --task labels, or edges")
-    if cfg.edges and "instance" not in roles:
-        notice("no instance maps: trained without their edges")
-        cfg = replace(cfg, edges=False)
-    if cfg.T != 1 and not foreground_classes(cfg.classes):
-        notice("no foreground classes known for this dataset: all pixels weigh the same (T = 1)")
-        cfg = replace(cfg, T=1.0)
-    images = cfg.batch_size * place()[1]
-    if images > len(train_set):
-        raise UserError(f"--batch-size {cfg.batch_size}: a step needs {images} images, training "
-                        f"has {len(train_set)}")
-    check_config(cfg)
-    test_set = dataset(cfg, "test")
-    if cfg.edges and "instance" not in test_set.roles:
-        raise UserError(f"--data {cfg.data}: instance maps for training, but none for testing; add "
-                        "them, or train with --no-edges")
-    unpaired = cfg.version == "V1"
-    return cfg, Unpaired(train_set, cfg.task == "edges") if unpaired else train_set, test_set
-
-
-def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
-    return common.Loader(train_set, cfg.batch_size, cfg.workers, device, files=bool(cfg.data))
-
-
-def epoch_batches(loader: common.Loader, cfg: Config, state: State):
-    """The rest of this epoch; the order hangs on (seed, epoch) alone."""
-    rank, world = place()
-    sampler = DistributedSampler(loader.examples, world, rank, seed=cfg.seed, drop_last=True)
-    sampler.set_epoch(state.epoch)
-    return loader.read(state.epoch, list(sampler)[state.seen // world:])
-
-
-def to_pair(batch: dict, cfg: Config, device: torch.device) -> dict:
-    """A batch of the loader as a pair on the device."""
-    batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                       for k, v in batch.items()}, cfg)
-    return {k: v.contiguous(memory_format=memory_format(cfg, device))
-            if k in ("input", "image") else v for k, v in batch.items()}
-
-
-def train(cfg: Config, resume: bool = False) -> Path:
-    """Train from scratch, from --init, or on from the checkpoint in cfg.out; returns the folder."""
-    device, stored = pick_device(cfg), None
-    rank, world = place()
-    if resume:
-        stored = read_checkpoint(Path(cfg.out) / "checkpoint.pt")
+def train(cfg: Config) -> Path:
+    """From scratch, from --init, or on from the checkpoint in --out; returns the run's folder."""
+    device = pick_device(cfg)
     cfg, train_set, test_set = open_data(cfg)
-    if resume and cfg.edges != stored["config"]["edges"]:
-        raise UserError(f"--data {cfg.data}: the run began with instance maps, which are gone")
-    per_step = cfg.batch_size * world
-    per_epoch = len(train_set) // per_step
-    total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
-    state, loader = build(cfg, device), open_loader(train_set, cfg, device)
-    began = time.time()
-    if resume:
-        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
-    if state.step >= total:
-        raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
-                        "--epochs or --steps goes on")
-    if rank == 0:
-        if cfg.version == "V1":
-            print(f"V1: {len(train_set)} labels and photos, shuffled apart")
-        common.describe(train_set.source if cfg.version == "V1" else train_set)
-        common.describe(test_set)
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
-        print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
-    save_every = cfg.save_every or per_epoch
-    bar = tqdm(total=total, initial=state.step, unit="step", disable=None if rank == 0 else True)
-    with Stop() as stop:
-        last = False
-        while not last:
-            for optimiser, rate in zip((state.opt_g, state.opt_d),
-                                       learning_rates(cfg, state.epoch)):
+    state = build(cfg, device)
+    loader = common.Loader(train_set, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
+                           cfg.steps)
+    with Run(cfg, state, loader, test_set) as run:
+        while not loader.over:
+            # Once an epoch: both learning rates, and in V1 the weight of the sharpness loss.
+            rates = learning_rates(cfg, loader.epoch)
+            for optimiser, rate in zip((state.opt_g, state.opt_d), rates):
                 optimiser.param_groups[0]["lr"] = rate
-            clock = time.time()
-            for batch in epoch_batches(loader, cfg, state):
-                waited = time.time() - clock
-                # The noise hangs on (seed, step, process) alone: a resumed run draws the same.
-                torch.manual_seed(((cfg.seed * 10 ** 9 + state.step) * world + rank) % 2 ** 63)
-                losses = train_step(state, to_pair(batch, cfg, device), cfg)
-                state.step, state.seen = state.step + 1, state.seen + per_step
-                bar.update()
-                last = stop.asked(device, state.step) or state.step >= total
-                save = last or state.step % save_every == 0
-                if rank == 0:
-                    log.pending.append(losses)
-                    log.waited += waited
-                    if save or state.step % Log.EVERY == 0:
-                        row = log.write(state, per_step)
-                        bar.set_postfix(row)
-                    if save:
-                        bar.write("  ".join(f"{k} {v}" for k, v in row.items()))
-                        save_checkpoint(state, cfg)
-                        sample_grid(state, cfg, test_set, device)
-                        log.plot()
-                        log.begun = time.time()     # saving and drawing are not training
-                if last:
-                    break
-                clock = time.time()
-            else:
-                state.epoch, state.seen = state.epoch + 1, 0
-    bar.close()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    if stop.signal:
-        if rank == 0:
-            print(f"stopped at step {state.step} and saved; to go on: "
-                  f"python {NAME}.py --resume --out {cfg.out}")
-        sys.exit(128 + stop.signal)
-    if rank == 0:                               # Table 4
-        print(f"{(time.time() - began) / 60:.1f} minutes, {peak_memory(device):.1f} GiB at most")
-    return Path(cfg.out)
+            now = replace(cfg, lambda_2=lambda_2(cfg, loader.epoch))
+            for batch in loader:                # what is left of this epoch
+                run.done(train_step(state, make_pair(batch, now), now))
+    return run.end()
 
 
-RELEASED = (                                    # keys in the authors' files -> ours, in this order
+# The authors' names of layers -> ours, applied one after the other to every key. First those of
+# V2 and of SPADE, which share a code base; from _fusion on those of V1.
+RELEASED = (
     (r"weight_orig$", "parametrizations.weight.original"),
     (r"weight_([uv])$", r"parametrizations.weight.0._\1"),
-    (r"param_free_norm", "norm"), (r"mlp_shared\.0", "shared"), (r"^conv_img", "head"),  # V2: G
+    (r"param_free_norm", "norm"), (r"mlp_shared\.0", "shared"), (r"^conv_img", "head"),
     (r"fpencoder\.model_down\.(\d+)", lambda k: f"globe.down.{int(k[1]) // 2}"),
     (r"_fusion\.input1\.0", "_fusion.merge"), (r"_fusion\.seg_process\.0", "_fusion.label"),
-    (r"_fusion\.mask\.0", "_fusion.mask"),                                               # V1: G
+    (r"_fusion\.mask\.0", "_fusion.mask"),
     (r"SPADEResBlock_(\d)_fusion", lambda k: f"lsca.{int(k[1]) - 5}"),
     (r"SPADE_([12])_\.1", lambda k: f"conv_{int(k[1]) - 1}"), (r"SPADE_res_\.1", "conv_s"),
     (r"SPADE_([12])\.", lambda k: f"norm_{int(k[1]) - 1}."), (r"SPADE_res\.", "norm_s."),
-    (r"common_conv\.0", "shared"), (r"^noise_process", "fc"),
+    (r"common_conv\.0", "shared"), (r"^(noise_process|fc)\.", "start."),
     (r"^out_(\d)\.0", lambda k: f"heads.{int(k[1]) - 5}"),
-    (r"^encoder\.model", "encoder.layers"),
-    (r"^discriminator_(\d)\.", r"scales.\1."), (r"model4\.0", "last"),                   # D
-    (r"model0\.0", "layers.0.0"), (r"model([123])\.0\.0", r"layers.\1.0"),
-    (r"common\.([12])\.0\.0", r"common.\1.0"),
-    (r"^common\.(\d)\.(weight|bias)", lambda k: f"common.{int(k[1]) // 3}.0.{k[2]}"),
-    (r"pre(\d)\.0\.0", lambda k: f"pre.{int(k[1]) - 1}.0"),
-    (r"gcb(\d)\.0(\.0)?", lambda k: f"join.{int(k[1]) - 1}.0"),
-    (r"conv(\d)_line\.0\.", lambda k: f"line.{int(k[1]) - 1}."),
-    (r"pool_branch\.1(\.0)?", "pool.1"),
-    (r"conv([35])_branch\.(\d)(\.0)?", lambda k: ("three." if k[1] == "3" else "five.")
-     + str(int(k[2]) * 3 // 2 if k[3] else k[2])),
-    (r"conv(\d)_out\.0\.0", lambda k: f"out.{int(k[1]) - 1}.0"),
-    (r"(scales.*)conv(\d)_out\.2", lambda k: f"{k[1]}out.{int(k[2]) - 1}.3"),
-    (r"conv(\d)_out\.2", lambda k: f"out.{int(k[1]) - 1}.2"))
+    (r"^encoder\.model", "encoder.layers"))
 
 
 def rename_released(stored: dict, path: Path) -> dict:
-    """The authors' files, and SPADE's, under our names: G and D of V1 and of V2.
+    """The authors' generators, of V1 and of V2, and SPADE's, under our names.
 
-    Two convolutions for gamma and beta become one. The frozen VGG-16 inside each of their D is left
-    out: --vgg says which. Batch norms without gamma_BN, beta_BN get 1 and 0.
+    Two convolutions for gamma and beta become one. Batch norms without gamma_BN, beta_BN get 1, 0.
+    Of ADE20K's 151 channels, unknown pixels have the first there, the last here.
     """
-    if not any(k in stored for k in ("noise_process.weight", "conv_img.weight", "common.0.weight",
-                                     "discriminator_0.common.0.0.weight",
-                                     "discriminator_0.model0.0.weight")):
-        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released generator or "
-                        f"discriminator; its first key is {next(iter(stored), 'missing')}")
+    if not {"noise_process.weight", "conv_img.weight"} & stored.keys():
+        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released generator; its first "
+                        f"key is {next(iter(stored), 'missing')}")
     blocks = [b for b in ("head_0", "G_middle_0", "G_middle_1", *(f"up_{k}" for k in range(5)),
                           *(f"SPADEResBlock_{k}" for k in range(1, 8)))
               if any(k.startswith(b + ".") for k in stored)]
-    heads = len({k.split(".")[2] for k in stored if k.startswith("fpencoder.model_up")})
-    sketch = "encoder.model.0.weight" in stored
-    levels = sum(k.startswith("gcb") and k.endswith("weight") for k in stored)
-    renamed = {}
+    sizes = len({k.split(".")[2] for k in stored if k.startswith("fpencoder.model_up")})
+    # Sketches: the release computes a first feature of z and does not use it; it is left out.
+    sketch, named = "encoder.model.0.weight" in stored, {}
+    ade20k = stored.get("head_0.norm_0.mlp_shared.0.weight", torch.empty(0, 0)).shape[1] == 151
     for key, value in stored.items():
-        if "backboneNet" in key or sketch and key.startswith("noise_process"):
+        block = key.split(".")[0]
+        if sketch and block == "noise_process":                     # computed, then not used
             continue
-        head = key.split(".")[0]
-        if head in blocks:
-            key = key.replace(head, f"blocks.{blocks.index(head)}", 1)
+        if block in blocks:
+            key = key.replace(block, f"blocks.{blocks.index(block)}", 1)
         if key.startswith("fpencoder.model_up"):                    # theirs: largest factor first
             j, kind = key.split(".")[2], key.split(".")[-1]
-            key = f"globe.heads.{heads - 1 - int(j)}.{kind}"
+            key = f"globe.enlarged.{sizes - 1 - int(j)}.{kind}"
         for pattern, name in RELEASED:
             key = re.sub(pattern, name, key)
-        renamed[f"scales.{3 - levels}.{key}" if levels else key] = value
-    for key in [k for k in renamed if re.search(r"mlp_gamma|mul_conv", k)]:
-        beta = renamed.pop(key.replace("mlp_gamma", "mlp_beta").replace("mul_conv", "add_conv"))
-        name = re.sub("mlp_gamma|mul_conv", "gamma_beta", key)
-        renamed[name] = torch.cat([renamed.pop(key), beta])
-    for key in [k for k in renamed if k.endswith("running_mean")]:
-        renamed.setdefault(key.replace("running_mean", "weight"), torch.ones_like(renamed[key]))
-        renamed.setdefault(key.replace("running_mean", "bias"), torch.zeros_like(renamed[key]))
-    return {"discriminator" if next(iter(renamed)).startswith("scales.") else "generator": renamed}
+        if ade20k and value.numel() == 151 * 9:
+            value = value.view(151, 9).roll(-1, 0).flatten()        # spectral norm's v
+        elif ade20k and value.ndim == 4 and value.shape[1] == 151:
+            value = value.roll(-1, 1)
+        named[key] = value
+    for key in [k for k in named if re.search(r"mlp_gamma|mul_conv", k)]:
+        beta = named.pop(key.replace("mlp_gamma", "mlp_beta").replace("mul_conv", "add_conv"))
+        both = torch.cat([named.pop(key), beta])
+        named[re.sub("mlp_gamma|mul_conv", "gamma_beta", key)] = both
+    for key in [k for k in named if k.endswith("running_mean")]:
+        named.setdefault(key.replace("running_mean", "weight"), torch.ones_like(named[key]))
+        named.setdefault(key.replace("running_mean", "bias"), torch.zeros_like(named[key]))
+    return {"generator": named}
 
 
-# ------------------------------------------------------------------------------- 5 Sampling
+# N, the channels of M, tells of which data set a released generator is: (classes, edges).
+# Cityscapes has 35 ids, ADE20K 150 and unknown, COCO-Stuff 182 and unknown; edges add one.
+RELEASED_DATA = {35: ("cityscapes", False), 36: ("cityscapes", True), 151: ("ade20k", False),
+                 183: ("coco_stuff", False), 184: ("coco_stuff", True)}
+
+
+def released_config(stored: dict, given: dict) -> dict:
+    """The settings that the authors' generator has, read off the shapes of its weights.
+
+    The number of channels of M tells the data set, and that the size it was trained at. --classes
+    and --ups say otherwise.
+    """
+    weights = stored["generator"]
+    hidden, n = weights["blocks.0.norm_0.shared.weight"].shape[:2]
+    blocks = len({k.split(".")[1] for k in weights if k.startswith("blocks")})
+    sizes = sum(k.startswith("globe.enlarged") and k.endswith("bias") for k in weights)
+    classes, edges = RELEASED_DATA.get(n, (str(n - 1), False))
+    shape = dict(width=hidden // 2, dgnorm=sizes > 0, classes=classes, edges=edges)
+    if "heads.0.weight" in weights:
+        shape |= VERSIONS["V1"] | dict(form="v1code", ups=blocks, edges=False)
+        if n == 1:
+            return shape | SKETCH | dict(task="sketch", ups=blocks, classes="")
+        area, noise = len(weights["start.weight"]) // (8 * hidden), weights["start.weight"].shape[1]
+        side = max(k for k in range(1, area) if area % k == 0 and k * k <= area)
+        return shape | dict(noise=noise, z_size=(side << blocks, area // side << blocks))
+    # SPADE's own has 6 doublings at 256 x 512, 5 at 256 x 256, and one block more at 512 x 1024.
+    ups = sizes - 1 if sizes else 7 if blocks == 8 else 6 if classes == "cityscapes" else 5
+    return shape | dict(ups=ups, first="label" if weights["start.weight"].ndim == 4 else "noise")
+
+
+# -------------------------------------------------------------------------------- 5 Sampling
 
 @torch.no_grad()
 def translate(generator: nn.Module, z: Tensor, m: Tensor) -> Tensor:
     """X_3 for maps of any size: (B, noise), (B, N, H, W) -> (B, 3, H, W).
 
-    Sides are mirrored up to the next multiple of 2^ups, and the result is cropped. One image at a
-    time, so that none depends on its neighbours.
+    Sides are mirrored up to the next multiple of 2^ups, at least two (of one pixel, a norm leaves
+    nothing), and the result is cropped. One image at a time: none depends on its neighbours.
     """
-    h, w = m.shape[-2:]
-    rows, columns = (reflect(side, -side % generator.multiple).to(m.device) for side in (h, w))
-    padded = m[..., rows, :][..., columns]
+    height, width = m.shape[-2:]
+    padded = common.mirror_pad(m, generator.multiple, 2 * generator.multiple)
     images = [generator(z[k:k + 1], padded[k:k + 1])[0] for k in range(len(m))]
-    return torch.cat(images)[..., :h, :w]
-
-
-def reflect(n: int, more: int) -> Tensor:
-    """Indices 0 .. n-1 and `more` back and forth: F.pad reflects, but not by more than n - 1."""
-    i = torch.arange(n + more) % max(2 * n - 2, 1)
-    return torch.minimum(i, (2 * n - 2 - i).abs())
-
-
-# At test time G is alone: no other network is built.
-ALONE = dict(init=(), compile=False, discriminator="patch", T=1.0, lambda_3=0.0, lambda_4=0.0,
-             lambda_5=0.0)
+    return torch.cat(images)[..., :height, :width]
 
 
 def test_time(state: State, cfg: Config) -> nn.Module:
-    """A copy of G for test time: batch norm uses the averages of training (Sec. 3.1.2).
+    """A copy of G for test time: which statistics its batch norms use is --test-norm's to say.
 
+    V2 trains with batches, and averages of training stand for them, as in SPADE. V1 trains on one
+    image at a time, with that image's own statistics; so it does at test time, as its release does,
+    where batch norm is instance norm.
     A copy, since synchronised batch norm must not be entered by one process alone.
     """
-    source = plain(state.generator)
+    source = state.generator
     size = tuple(side * source.multiple for side in source.trained)      # cfg's may be another one
-    generator = networks(replace(cfg, size=size, **ALONE))[0].to(next(source.parameters()).device)
+    generator = networks(replace(cfg, **ALONE, z_size=size))[0].to(next(source.parameters()).device)
     generator.load_state_dict(source.state_dict())
+    for module in generator.modules():
+        if isinstance(module, nn.BatchNorm2d) and cfg.test_norm == "image":
+            module.running_mean = module.running_var = None     # it then asks the image itself
     return generator.eval()
 
 
@@ -1809,6 +1575,11 @@ def draw(cfg: Config, seed: int, device: torch.device) -> Tensor:
     return (cfg.truncation * torch.randn(1, cfg.noise, generator=generator)).to(device)
 
 
+def test_pair(item: dict, state: State, cfg: Config) -> dict:
+    """One item of a dataset as a batch of one where G is, made a pair."""
+    return make_pair(common.batch_of_one(item, next(state.generator.parameters()).device), cfg)
+
+
 def picture_of(pair: dict, cfg: Config) -> Tensor:
     """The input as a picture (B, 3, H, W): the labels' colours, or the sketch."""
     if cfg.task != "labels":
@@ -1816,113 +1587,52 @@ def picture_of(pair: dict, cfg: Config) -> Tensor:
     return colour_label(pair["label"], class_table(cfg.classes))
 
 
-def pair_of(item: dict, cfg: Config, device: torch.device, unpaired: bool = False) -> dict:
-    """One item of a dataset as a batch of one on the device; a stranger's photo is no truth."""
-    batch = {k: v[None].to(device) if torch.is_tensor(v) else v for k, v in item.items()
-             if k != "image" or not unpaired}
-    return make_pair(batch, cfg)
-
-
-def sample_grid(state: State, cfg: Config, test_set: common.Dataset, device: torch.device) -> None:
-    """samples/<step>.png: input | output | truth of six test examples, evenly spread, two a row."""
-    generator, tiles = test_time(state, cfg), []
-    n = min(6, len(test_set))
+def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
+    """Input | output | truth of six test examples, evenly spread, two a row."""
+    generator, tiles, n = test_time(state, cfg), [], min(6, len(test_set))
     for i in range(n):
-        pair = pair_of(test_set[i * len(test_set) // n], cfg, device, test_set.unpaired)
-        values = [picture_of(pair, cfg), translate(generator, draw(cfg, cfg.seed + i, device),
-                                                   pair["input"]), pair.get("image")]
-        tiles += [value.cpu() for value in values if value is not None]
-    path = Path(cfg.out) / "samples" / f"{state.step:07d}.png"
-    save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
+        pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
+        z = draw(cfg, cfg.seed + i, pair["input"].device)
+        values = [picture_of(pair, cfg), translate(generator, z, pair["input"])]
+        values += [pair["image"]] if "image" in pair and not test_set.unpaired else []
+        tiles += [value.cpu() for value in values]
+    save_images(torch.cat(tiles), path, nrow=2 * len(values))
 
 
 def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
     """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid = make_grid(images, nrow, padding=2 if len(images) > 1 else 0, pad_value=1)
-        save_image((grid + 1) / 2, path)
-    except (OSError, ValueError) as error:
+        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
 
 
-def read_input(path: Path, cfg: Config, instances: str = "") -> dict:
-    """A user's file as an item: labels (and instances, where G takes their edges), or a picture."""
-    if cfg.task != "labels":
-        key = "input" if cfg.task == "sketch" else "image"
-        return {key: common.read_image(path).float() / 127.5 - 1, "name": path.stem}
-    item = {"label": common.read_label(path, class_table(cfg.classes)), "name": path.stem}
-    if cfg.edges:
-        if not instances:
-            raise UserError(f"{path}: this network takes the edges of instances, too; name their "
-                            "map, or the folder of maps, with --instances")
-        source = Path(instances)
-        found = [p for p in sorted(source.iterdir()) if p.stem == path.stem] if (
-            source.is_dir()) else [source]
-        if not found:
-            raise UserError(f"--instances {instances}: no map named {path.stem}")
-        item["instance"] = common.read_instance(found[0])
-        if item["instance"].shape != item["label"].shape:
-            raise UserError(f"{found[0]}: {tuple(item['instance'].shape)}, its label map is "
-                            f"{tuple(item['label'].shape)} (height, width)")
-    return item
-
-
-def resize_item(item: dict, size: tuple[int, int]) -> dict:
-    """Ids by nearest neighbour, pictures by antialiased bicubic."""
-    out = dict(item)
-    for k in {"input", "image"} & item.keys():
-        picture = F.interpolate(item[k][None], size, mode="bicubic", antialias=True)
-        out[k] = picture[0].clamp(-1, 1)
-    for k in {"label", "instance"} & item.keys():
-        ids = item[k][None, None].double()
-        out[k] = F.interpolate(ids, size, mode="nearest-exact")[0, 0].long()
-    return out
-
-
-def sample(cfg: Config, state: State, source: str = "", output: str = "", samples: int = 1,
-           size: tuple[int, int] | None = None, instances: str = "") -> Path:
-    """Outputs for a file or a folder of any sizes, or for the test split; returns where they are.
+def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
+    """Outputs for --input, a file or a folder of any sizes, or for the test split.
 
     An output has the size of its input; `size` resizes the inputs first. Several samples of one
     input differ by z.
     """
-    device, generator = next(plain(state.generator).parameters()).device, test_time(state, cfg)
-    if samples < 1:
-        raise UserError(f"--samples {samples}: must be 1 or more")
-    if samples > 1 and (cfg.first == "label" or generator.fc is None):
-        raise UserError(f"--samples {samples}: this network has no noise; it makes one image of "
-                        "each input")
-    root, target = Path(source), Path(output) if output else Path(cfg.out or ".") / "test"
-    if source:
-        files = sorted(p for p in root.iterdir() if p.suffix.lower() in common.SUFFIXES) \
-            if root.is_dir() else [root]
-        if not files:
-            raise UserError(f"--input {source}: a folder without images")
-        if len({path.stem for path in files}) < len(files):
-            raise UserError(f"--input {source}: several files of one name; outputs are named by it")
-        items = (read_input(path, cfg, instances) for path in files)
-        items = (resize_item(item, size) if size else item for item in items)
-    else:
-        files = dataset(cfg, "test")
-        items = (files[i] for i in range(len(files)))
-    to_file = root.is_file() and samples == 1 and target.suffix and not target.is_dir()
-    if not to_file and target.suffix.lower() in common.SUFFIXES:
-        raise UserError(f"--output {output}: one file for several images; name a folder")
-    for item in tqdm(items, total=len(files), unit="image", disable=None):
-        pair = pair_of(item, cfg, device)
-        for k in range(samples):
-            x = translate(generator, draw(cfg, cfg.seed + k, device), pair["input"])
-            number = f"_{k + 1}" if samples > 1 else ""
-            path = target if to_file else target / f"{item['name']}{number}.png"
-            if source and any(path.resolve() == file.resolve() for file in files):
-                raise UserError(f"--output {output}: would overwrite the input {path}")
-            save_images(x, path)
-    print(f"{len(files) * samples} image(s): {target}")
+    generator, target = test_time(state, cfg), Path(cfg.output or Path(cfg.out, "test"))
+    if cfg.samples > 1 and (cfg.first == "label" or generator.start is None):
+        raise UserError(f"--samples {cfg.samples}: this network has no noise; it makes one image "
+                        "of each input")
+    role = {"labels": "label", "sketch": "A", "edges": "image"}[cfg.task]
+    items = dataset(cfg, "test").has(NEEDED.get(cfg.task)) if not cfg.input else common.Dataset(
+        files=common.input_files(cfg.input, role, cfg.instances if cfg.edges else None),
+        classes=cfg.classes, size=size)
+    name = common.output_names(items, cfg.input, target, cfg.samples)
+    for i in tqdm(range(len(items)), disable=None):
+        pair = test_pair(items[i], state, cfg)
+        for k in range(cfg.samples):
+            z = draw(cfg, cfg.seed + k, pair["input"].device)
+            save_images(translate(generator, z, pair["input"]), name(i, k))
+    print(f"{len(items) * cfg.samples} image(s): {target}")
     return target
 
 
-# ----------------------------------------------------------------------------- 6 Evaluation
+# ------------------------------------------------------------------------------ 6 Evaluation
 
 # The paper's numbers: PPA, PCA, class IoU, FID.
 TABLE_1_2 = {"A_u": (.48, .09, .08, 133.2), "B_u": (.33, .11, .08, 117.7),
@@ -1949,14 +1659,6 @@ TABLE_5 = {                                     # in percent, and FID
     "ade20k": {"real images": (77.3, 44.8, 33.6, math.nan), "pix2pixHD": (78.2, 35.8, 32.5, 38.2),
                "SPADE": (81.2, 48.0, 41.0, 34.3), "CC-FPSE": (82.3, 50.3, 42.9, 33.2),
                "TSIT": (79.8, 43.4, 36.9, 35.3), "Lab2Pix-V2": (80.8, 47.7, 40.7, 28.2)}}
-
-
-def scorer_for(cfg: Config, device: torch.device) -> common.FCN8s:
-    """The FCN-8s of this dataset, trained once and kept beside the runs."""
-    name = Path(cfg.data).resolve().name if cfg.data else "streets"
-    path = Path(cfg.out or ".").parent / f"fcn8s-{name}-{cfg.size[0]}x{cfg.size[1]}.pt"
-    photos = dataset(replace(cfg, limit=0), "train")
-    return common.fcn_scorer(photos, path, device, cfg.vgg, cfg.scorer_width, cfg.scorer_steps)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -2014,10 +1716,7 @@ def feature_networks(cfg: Config, device: torch.device) -> dict[str, Callable]:
                 raise UserError(f"--inception imagenet: {source.url} cannot be had ({error})")
         else:
             stored = common.load_file(Path(cfg.inception), "torchvision's Inception-V3 is needed")
-        try:
-            net.load_state_dict(stored)
-        except (RuntimeError, AttributeError):
-            raise UserError(f"--inception {cfg.inception}: not torchvision's Inception-V3")
+        common.fill(net, stored, f"--inception {cfg.inception}")
         net.fc = nn.Identity()
         net.to(device).eval()
         nets["FID (torchvision)"] = lambda x: net(
@@ -2033,28 +1732,28 @@ def evaluate(cfg: Config, state: State) -> dict:
     where the photo of the label is known, Frechet distances to the test photos, or to photos of the
     training list where the test split has none of its own.
     """
-    device, out = next(plain(state.generator).parameters()).device, Path(cfg.out or ".")
-    generator, test_set = test_time(state, cfg), dataset(cfg, "test")
-    table = class_table(cfg.classes) if cfg.task == "labels" else None
-    scorer = scorer_for(cfg, device) if table else None
-    photos = test_set if not test_set.unpaired and test_set.roles & {"image", "B", "pair"} else (
-        dataset(cfg, "train"))
+    generator, test_set = test_time(state, cfg), dataset(cfg, "test").has(NEEDED.get(cfg.task))
+    device, out = next(generator.parameters()).device, Path(cfg.out)
+    table, scorer = class_table(cfg.classes) if cfg.task == "labels" else None, None
+    if table is not None:                       # trained once, and kept beside the runs
+        scorer = common.fcn_scorer(dataset(cfg, "train", limit=0), out.parent, device, cfg.vgg,
+                                   cfg.scorer_width, cfg.scorer_steps)
+    known = not test_set.unpaired and bool(test_set.roles & {"image", "B", "pair"})
+    photos = test_set if known else dataset(cfg, "train").has("image")
     nets, confusion, pairwise = feature_networks(cfg, device), {}, []
     features = {name: ([], []) for name in nets}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
-        pair = pair_of(test_set[i], cfg, device, test_set.unpaired)
+        pair = test_pair(test_set[i], state, cfg)
         x = translate(generator, draw(cfg, cfg.seed + i, device), pair["input"])
-        photo = pair.get("image") if photos is test_set else (
-            photos[i % len(photos)]["image"][None].to(device))
+        photo = pair["image"] if known else photos[i % len(photos)]["image"][None].to(device)
         for name, net in nets.items():
             for kept, view in zip(features[name], (x, photo)):
                 kept.append(net(view).cpu())
-        if photos is test_set:
+        if known:
             pairwise.append([psnr(x, photo).item(), ssim(x, photo).item()])
-        for row, view in (("output", x), ("truth", pair.get("image"))):
-            if scorer is not None and view is not None:
-                counts = common.confusion_matrix(scorer(view).argmax(1), pair["label"], table)
-                confusion[row] = confusion.get(row, 0) + counts.cpu()
+        for row, view in [("output", x), ("truth", photo)][:1 + known] if scorer else ():
+            counts = common.confusion_matrix(scorer(view).argmax(1), pair["label"], table)
+            confusion[row] = confusion.get(row, 0) + counts.cpu()
     metrics = {"images": len(test_set)}
     if pairwise:
         metrics |= dict(zip(("PSNR", "SSIM"), torch.tensor(pairwise).mean(0).tolist()))
@@ -2063,7 +1762,6 @@ def evaluate(cfg: Config, state: State) -> dict:
     if confusion:
         metrics["worst classes"] = worst_classes(confusion["output"], table)
     report(metrics, cfg)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return metrics
 
@@ -2098,293 +1796,378 @@ def report(metrics: dict, cfg: Config) -> None:
             line(f"paper, {name}", values, 1)
         return
     print(f"\n{'FCN-score, by our own scorer':47}{'PPA':>8}{'PCA':>9}{'C-IoU':>9}{'FID':>9}")
-    for name in ("output", "truth"):
+    for name, text in {"output": "this run", "truth": "the photos, scored alike"}.items():
         if name in metrics:
-            line({"output": "this run", "truth": "the photos, scored alike"}[name],
-                 metrics[name].values())
-    table = 1 if cfg.version == "V1" else 2
+            line(text, metrics[name].values())
+    v1 = cfg.version == "V1"
     for name, values in TABLE_1_2.items():
-        if name.endswith("u") == (table == 1):
-            line(f"paper, Table {table}, {name}" + " (this one)" * (name == cfg.ablation), values)
-    others = TABLE_3 if table == 1 else TABLE_5.get(cfg.classes, TABLE_5["cityscapes"])
+        if name.endswith("u") == v1:
+            line(f"paper, Table {2 - v1}, {name}" + " (this one)" * (name == cfg.ablation), values)
+    others = TABLE_3 if v1 else TABLE_5.get(cfg.classes, TABLE_5["cityscapes"])
     for name, values in others.items():
-        line(f"paper, Table {3 if table == 1 else 5}, {name}", values, 2)
+        line(f"paper, Table {3 if v1 else 5}, {name}", values, 2)
     print("\nrecognised least (IoU): "
           + ", ".join(f"{name} {iou:.2f}" for name, iou in metrics["worst classes"].items()))
 
 
-# --------------------------------------------------------------------------- 7 Command line
+# ------------------------------------------------------------------------------- 7 Machinery
+# What trains any network. Nothing below is the paper's, and from pick_device on it is word for word
+# the same in the four scripts.
 
-def trace(cfg: Config) -> None:
-    """One forward and one training step: stage, shape, parameters; then FLOPs and memory."""
-    device = pick_device(cfg)
-    cfg, train_set, _ = open_data(replace(cfg, compile=False))
-    state = build(cfg, device)
-    batch = to_pair(default_collate([train_set[i] for i in range(cfg.batch_size)]), cfg, device)
-    m, y = batch["input"], batch["image"]
-    print(f"{device}; input {tuple(m.shape)}, image {tuple(y.shape)}")
-    z, ys = torch.randn(len(m), cfg.noise, device=device), pyramid(y, cfg.scales, cfg)
-    seen = taps(perceive(state.vgg16, ys))
-    judged = ys if cfg.version == "V1" else with_label(ys, pyramid(m, cfg.scales, cfg))
-    for title, net, inputs in (("generator", state.generator, (z, m)),
-                               ("discriminators", state.discriminator, (judged, seen)),
-                               ("segmentation", state.segmenter, (ys[:3 if cfg.pg else 1],))):
-        if net is None:
-            continue
-        print(f"\n{title:42}{'output':>20}{'parameters':>14}")
-        hooks = [module.register_forward_hook(
-            lambda module, _, y, name=name: print(f"  {name + ' ' + type(module).__name__:40}"
-                f"{str(tuple(y.shape)):>20}{sum(p.numel() for p in module.parameters()):14,}"))
-            for name, module in net.named_modules()
-            if isinstance(module, (GenResBlk, LSCA, SketchEncoder, ICNet, MiniInception))
-            or re.search(r"(common|join|out|layers|heads|down)\.\d$|^fc$|(head|last)$", name)]
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            net(*inputs)
-        for hook in hooks:
-            hook.remove()
-        print(f"  {'in all':60}{sum(p.numel() for p in net.parameters()):14,}   "
-              f"{flops.get_total_flops() / 1e9:.2f} GFLOP forward")
-    with FlopCounterMode(display=False) as flops:
-        train_step(state, batch, cfg)
-    clock = time.time()
-    losses = ", ".join(f"{k} {v.item():.4f}" for k, v in train_step(state, batch, cfg).items())
-    print(f"\none training step: {flops.get_total_flops() / 1e9:.1f} GFLOP, "
-          f"{time.time() - clock:.3f} s, {peak_memory(device):.2f} GiB at most; {losses}")
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has used so far, GiB: the GPU's, or the computer's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                         # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
-def add_training_flags(add: Callable) -> None:
-    """The objective's and the optimisers'."""
-    choice = argparse.BooleanOptionalAction
-    for k, what in ((2, "sharpness, Eq. (16)"), (3, "consistency, Eq. (18)"),
-                    (4, "cycle segmentation, Eq. (19)"), (5, "perceptual loss, Eq. (28)"),
-                    (6, "feature matching, Eq. (29)")):
-        default = {f.name: f.default for f in fields(Config)}[f"lambda_{k}"]
-        add(f"--lambda-{k}", type=float, metavar="X", help=f"weight: {what} ({default})")
-    add("--ramp", action=choice, help="lambda_2 rises from 0 (V1)")
-    add("--released-losses", action=choice, help="Eq. (28), (29) as in the released code")
-    add("--epochs", type=int, metavar="N", help="passes over the training set (the preset's)")
-    add("--decay", action=choice, help="the rate falls in the second half (yes)")
-    add("--steps", type=int, metavar="N", help="end after so many updates (0: epochs decide)")
-    add("--batch-size", type=int, metavar="N", help="images per step and process (the preset's)")
-    add("--lr", type=float, metavar="X", help="Adam's learning rate (0.0002)")
-    add("--ttur", action=choice, help="half the rate for G, twice for D; released V2")
-    add("--betas", type=float, nargs=2, metavar="B", help="Adam's momentum parameters (0 0.9)")
-    add("--seed", type=int, metavar="N", help="of initialisation, order, flips and z (0)")
-    add("--init", nargs="+", metavar="FILE", help="start from these weights, ours or the authors'")
-    add("--resume", action="store_true", help="continue the run in --out, or the newest, exactly")
-    add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: an epoch)")
-
-
-def refuse(text: str) -> None:
-    """In place of argparse's own way, which prints a screen of usage before the one line."""
-    raise UserError(f"{text}; --help lists all flags")
-
-
-def parser() -> argparse.ArgumentParser:
-    """A flag per field of Config, and a few for the call; only those given are in the result."""
-    p = argparse.ArgumentParser(
-        f"{NAME}.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    p.error = refuse
-    add, choice = p.add_argument, argparse.BooleanOptionalAction
-    add("mode", nargs="?", default="train", help="what to do (train)",
-        choices=("train", "sample", "evaluate", "check", "trace"))
-    add("--data", metavar="DIR", help="a dataset in any known layout (the built-in streets)")
-    add("--preset", choices=PRESETS, help="a line of Sec. 5.2 (toy with the streets)")
-    add("--version", choices=CHOICES["version"], help="unpaired, paired, paired and large (V2)")
-    add("--ablation", choices=ABLATIONS, help="a row of Table 1 (u: V1) or of Table 2 (s: V2)")
-    add("--task", choices=CHOICES["task"], help="V1: from what; edges: of the photos (labels)")
-    add("--direction", choices=CHOICES["direction"], help="of pairs, where the sketch is (AtoB)")
-    add("--classes", metavar="N|NAME", help="a number, or a table of common.py (the data's)")
-    add("--edges", action=choice, help="edges of instances beside the labels (V2)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels of the images (256 512)")
-    add("--jitter", action=choice, help="enlarge by 286/256 and crop (COCO, ADE20K)")
-    add("--mirror", action=choice, help="flip left and right, half the time (yes)")
-    add("--limit", type=int, metavar="N", help="use the first N examples (0: all)")
-    add("--width", type=int, metavar="N", help="channels of G before its output (64)")
-    add("--ups", type=int, metavar="N", help="doublings in G (6)")
-    add("--noise", type=int, metavar="N", help="length of z (128)")
-    add("--first", choices=CHOICES["first"], help="first feature from z, or as in SPADE (noise)")
-    add("--dgnorm", action=choice, help="global encoder and DG-Norm; without: SPADE (yes)")
-    add("--form", choices=CHOICES["form"], help="of Eq. (5): see the table above (paper)")
-    add("--smooth", action=choice, help="enlarge features bilinearly: ours, against stripes (no)")
-    add("--gain", type=float, metavar="X", help="of Xavier's initial weights; 0: as in V1 (0.02)")
-    add("--loud", action=choice, help="labels are seen in G's first images: ours, for V1 (no)")
-    add("--pg", action=choice, help="progressive generation, three outputs (V1)")
-    add("--lsca", action=choice, help="spatial co-attention (V1)")
-    add("--discriminator", choices=CHOICES["discriminator"], help="or SPADE's (hpd)")
-    add("--d-width", type=int, metavar="N", help="channels of D after its first layer (64)")
-    add("--d-norm", choices=CHOICES["d_norm"], help="in D (both; V1 instance)")
-    add("--scales", type=int, metavar="N", help="discriminators (2)")
-    add("--gan", choices=CHOICES["gan"], help="adversarial loss; vanilla in V1 (hinge)")
-    add("--T", type=float, metavar="X", help="foreground to background weight, 1: none (5.0)")
-    add("--s-width", type=int, metavar="N", help="channels of S after its first layer (32)")
-    add("--s-size", type=int, metavar="N", help="side of what S sees, pixels (256)")
-    add_training_flags(add)
-    add("--checkpoint", metavar="FILE", help="to sample or evaluate with (the newest run's)")
-    add("--input", metavar="PATH", help="sample: a file or a folder of any size (the test split)")
-    add("--instances", metavar="PATH", help="sample: the instance maps of --input")
-    add("--output", metavar="PATH", help="sample: a file or a folder (test/ in the run's folder)")
-    add("--samples", type=int, metavar="N", help="sample: outputs per input (1)")
-    add("--truncation", type=float, metavar="X", help="deviation of z at test time (1.0)")
-    add("--vgg", metavar="WEIGHTS", help="VGG's weights: imagenet, random or a file (imagenet)")
-    add("--vgg-width", type=int, metavar="N", help="64 is VGG; less with random weights (64)")
-    add("--vgg-raw", action=choice, help="VGG sees [-1, 1] as it is, as released")
-    add("--inception", metavar="WEIGHTS", help="evaluate: FID by imagenet or a file (none)")
-    add("--scorer-width", type=int, metavar="N", help="FCN-8s scorer: 64 is VGG-16 (64)")
-    add("--scorer-steps", type=int, metavar="N", help="FCN-8s scorer: batches of four (2000)")
-    add("--gpu", type=int, metavar="N", help="CUDA device, -1 the CPU (the first GPU if any)")
-    add("--workers", type=int, metavar="N", help="processes that load data (4 with a GPU, else 0)")
-    add("--precision", choices=CHOICES["precision"], help="bf16: autocast the networks (fp32)")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--channels-last", action=choice, help="memory order (with a GPU)")
-    add("--out", metavar="DIR", help="the run's folder (the next free runs/lab2pix-N)")
-    return p
-
-
-EXAMPLES = """examples:
-  python lab2pix.py                                     train V2 on the built-in streets
-  python lab2pix.py --ablation A_s                      the SPADE baseline of Table 2 on them
-  python lab2pix.py sample --samples 3                  three outputs for each test layout"""
-# Flags of the one call, by the modes that read them; all others are fields of Config.
-CALL = {"preset": ("train", "check", "trace", "sample", "evaluate"), "resume": ("train",),
-        "checkpoint": ("sample", "evaluate"), "input": ("sample",), "instances": ("sample",),
-        "output": ("sample",), "samples": ("sample",)}
+NAME = "lab2pix"
+NETWORKS = ("generator", "discriminator", "segmenter")       # in State; the first is for testing
+MODES = ("train", "sample", "evaluate", "check", "trace")
+CALL = {"preset": ("train", "check", "trace"), "resume": ("train",), "input": ("sample",),
+        "instances": ("sample",), "checkpoint": ("sample", "evaluate"), "output": ("sample",),
+        "samples": ("sample",)}
 # What may differ from the checkpoint when a run goes on, and when it is tested.
 FREE = {"data", "epochs", "steps", "save_every", "gpu", "workers", "precision", "compile",
-        "channels_last", "out"}
-FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "truncation", "inception", "scorer_width",
-                       "scorer_steps"}
+        "channels_last", "out", *CALL} - {"preset"}
+FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "truncation", "test_norm", "inception",
+                       "scorer_width", "scorer_steps"}
+NEEDED = {"labels": "label", "sketch": "A"}     # task: kind of file
+# Settings of a network that is tested, not trained: G is alone.
+ALONE = dict(compile=False, discriminator="none", lambda_3=0.0, lambda_4=0.0, lambda_5=0.0)
 
 
-def load_for_test(given: dict, call: dict) -> tuple[Config, State]:
-    """G and config of --checkpoint or the newest run. A released G tells its own shape."""
-    path = Path(call["checkpoint"]) if "checkpoint" in call else (
-        Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"
-    stored = read_checkpoint(path)
-    if "released" in stored:
-        cfg = released_config(rename_released(stored["released"], path), path, given, call)
-        trained_size = cfg.size
-    elif "preset" in call:
-        raise UserError(f"--preset {call['preset']}: {path} knows its settings; leave the flag out")
-    else:
-        cfg = stored_config(stored, path, given, FREE_AT_TEST)
-        cfg = replace(cfg, init=(), out=given.get("out", str(path.parent)))
-        trained_size = tuple(stored["config"]["size"])
-    check_config(replace(cfg, size=trained_size))          # an image to be made may have any size
-    if min(cfg.size) < 1:
-        raise UserError(f"--size {cfg.size[0]} {cfg.size[1]}: must be positive")
-    state = build(replace(cfg, size=trained_size, **ALONE), pick_device(cfg))
-    load_networks(state, path, ("generator",))
-    return cfg, state
+def dataset(cfg: Config, split: str, kind: type = common.Dataset, **more) -> common.Dataset:
+    train = split == "train"
+    return kind(**dict(
+        data=cfg.data, split=split, size=cfg.size, jitter=train and cfg.jitter, limit=cfg.limit,
+        mirror=train and cfg.mirror, classes=cfg.classes, direction=cfg.direction, seed=cfg.seed,
+        photos_only=cfg.task == "edges", instances=cfg.edges, unpaired=cfg.version == "V1") | more)
 
 
-def released_config(named: dict, path: Path, given: dict, call: dict) -> Config:
-    """The shape of the authors' generators from their weights, the classes from the data."""
-    if "generator" not in named:
-        raise UserError(f"{path}: a released discriminator; to test, a generator is needed")
-    if not {"input", "data"} & set(given | call):
-        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
-    weights = named["generator"]
-    n = weights["blocks.0.norm_0.shared.weight"].shape[1]
-    blocks = len({k.split(".")[1] for k in weights if k.startswith("blocks")})
-    heads = sum(k.startswith("globe.heads") and k.endswith("bias") for k in weights)
-    v1, sketch = "heads.0.weight" in weights, n == 1
-    shape = dict(width=weights["blocks.0.norm_0.shared.weight"].shape[0] // 2, dgnorm=heads > 0,
-                 task="sketch" if sketch else "labels", out="runs/released")
-    if v1:
-        shape |= dict(version="V1", form="v1code", ups=blocks)
-        if not sketch:
-            shape["noise"] = weights["fc.weight"].shape[1]
-    else:                                       # SPADE's: only the size tells 5 from 6 doublings
-        shape |= dict(version="V2", first="label" if weights["fc.weight"].ndim == 4 else "noise",
-                      ups=heads - 1 if heads else 7 if blocks == 8 else 6)
-    preset = {k: v for k, v in PRESETS.get(call.get("preset"), {}).items() if k != "version"}
-    cfg = configure(**shape | preset | given)
-    if not sketch:
-        classes = given.get("classes") or (
-            dataset(cfg, "test").classes if "data" in given else "cityscapes")
-        rest = n - class_table(classes).channels
-        if rest not in (0, 1):
-            raise UserError(f"{path}: takes {n} channels, the {classes} labels have "
-                            f"{class_table(classes).channels}, edges add 1; --classes says "
-                            "otherwise")
-        cfg = replace(cfg, classes=classes, edges=rest == 1)
+class Unpaired(common.Dataset):
+    """V1's training set: labels and photos, shuffled apart. No photo ever meets its own label.
+
+    Item i has label i and the photo that follows i in a random cycle through all photos, another
+    cycle in each epoch. A cycle has no fixed point, and passes each photo once.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        if len(self) < 2:
+            raise UserError(f"--data {self.data}: one example; V1 needs two, never to be paired")
+        self.cycle, self.labels, self.photos = (None, None), copy.copy(self), copy.copy(self)
+        self.edges = options.get("photos_only", False)      # --task edges: of a photo of its own
+        if self.data and not self.edges:        # what is not read cannot leak
+            photo = ("image", "B" if self.direction == "AtoB" else "A")
+            self.labels.files, self.photos.files = (
+                [{role: path for role, path in files.items() if role not in unread}
+                 for files in self.files] for unread in (photo, ("label", "instance")))
+
+    def partner(self, i: int, epoch: int) -> int:
+        """The photo of item i in an epoch; it hangs on (seed, epoch) alone."""
+        if self.cycle[0] != epoch:
+            seed = hash((self.seed, epoch)) % 2 ** 63
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+            follower = torch.empty_like(order)
+            follower[order] = order.roll(-1)
+            self.cycle = (epoch, follower)
+        return int(self.cycle[1][i])
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
+        ours, theirs = (common.Dataset.__getitem__(part, (epoch, k)) for part, k in
+                        ((self.labels, i), (self.photos, self.partner(i, epoch))))
+        if self.edges:
+            ours = {"name": ours["name"], "input": sketch_of(ours["image"][None])[0]}
+        return {k: ours[k] for k in ("name", "label", "input") if k in ours} | {
+            "image": theirs["image"]}
+
+
+def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
+    """Both splits, and the config with what the data turned out to be: classes, edges, T."""
+    check_size(cfg)
+    if cfg.discriminator == "none":
+        raise UserError("--discriminator none: training needs one")
+    kind = Unpaired if cfg.version == "V1" else common.Dataset
+    train_set, test_set = dataset(cfg, "train", kind).has("image"), dataset(cfg, "test")
+    cfg = replace(cfg, classes=train_set.classes, z_size=cfg.z_size or cfg.size)
+    train_set.has(NEEDED.get(cfg.task))
+    if cfg.edges and not cfg.resume and "instance" not in train_set.roles:
+        notice("no instance maps: trained without their edges")
+        cfg = replace(cfg, edges=False)
+    for each in (train_set, test_set) if cfg.edges else ():
+        each.has("instance")
+    if cfg.preset in ("toy", "toy-V1"):
+        own = (f"{flag(name)} {getattr(cfg, name)}" for name in PRESETS[cfg.preset])
+        notice(f"preset {cfg.preset}, ours, is not the paper's {cfg.version}: {', '.join(own)}")
+    most, usual = len(train_set) // common.place()[1], configure(cfg.preset, version=cfg.version,
+                                                                 task=cfg.task).batch_size
+    if 0 < most < cfg.batch_size == usual and not cfg.resume:
+        notice(f"{len(train_set)} images: a step has {most} of them, not the usual {usual}")
+        cfg = replace(cfg, batch_size=most)
+    if cfg.T != 1 and not foreground_classes(cfg.classes):
+        notice("no foreground classes known for this dataset: all pixels weigh the same (T = 1)")
+        cfg = replace(cfg, T=1.0)
+    return cfg, train_set, test_set
+
+
+def schedule(cfg: Config) -> set[str]:
+    """The settings that the learning rate follows."""
+    return {"epochs"} if cfg.decay or cfg.ramp else set()
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """The device of this process. Under torchrun it also joins the other processes."""
+    n, torchrun = torch.cuda.device_count(), dist.is_torchelastic_launched()
+    rank = os.environ["LOCAL_RANK"] if torchrun else None
+    gpu = cfg.gpu if cfg.gpu is not None else int(rank or 0) if n else -1
+    if gpu >= n or gpu >= 0 and cfg.gpu is not None and rank:
+        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
+        raise UserError(f"--gpu {gpu}: this machine has {here}; -1 is the CPU; under torchrun, "
+                        "which gives each process its own, leave the flag out")
+    if gpu >= 0:
+        torch.cuda.set_device(gpu)
+        torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
+    if rank and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu >= 0 else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return torch.device("cuda", gpu) if gpu >= 0 else torch.device("cpu")
+
+
+def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """A network on its device, with memory order, precision and compilation as asked for."""
+    last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
+    net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    if dist.is_initialized() and device.type == "cuda":   # on the CPU each has its own statistics
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if cfg.precision == "bf16":                 # losses and optimisers stay in float32
+        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        net.forward = lambda *x: common.to_float(forward(*x))
+    if cfg.compile:
+        net.compile()                           # in place: names in the checkpoint stay as they are
+    return net
+
+
+def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
+    """Before each update: the mean over all processes. All began with the same weights."""
+    if dist.is_initialized():
+        grads = [p.grad for g in optimiser.param_groups for p in g["params"] if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+def read(*paths: str | Path) -> dict:
+    """The content of checkpoints; of the authors' files, their weights under our names."""
+    content = {}
+    for path in paths:
+        stored = common.load_file(Path(path), f"train first, or name a checkpoint of {NAME}.py")
+        if "script" not in stored:
+            stored = rename_released({str(k).removeprefix("module."): v for k, v in stored.items()},
+                                     Path(path))
+        elif stored["script"] != NAME:
+            raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+        elif not isinstance(stored.get(NETWORKS[0]), dict):
+            raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
+        content = stored | content
+    return content
+
+
+def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
+    """What files have of the networks, or (--resume) everything, goes into state."""
+    stored, where = read(*paths), " ".join(map(str, paths))
+    names = [name for name, value in vars(state).items() if everything or (
+        name in NETWORKS and value is not None and stored.get(name) is not None)]
+    if not names:
+        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    for name in names:
+        value = getattr(state, name)
+        if hasattr(value, "load_state_dict"):
+            common.fill(value, stored.get(name), f"{where}: {name}")
+        else:                                   # a tensor, a number, or None
+            setattr(state, name, stored.get(name))
+    return stored
+
+
+class Run:
+    """A run's folder while it trains: checkpoint, log, pictures; and how it is stopped.
+
+    Whatever ends a run, its checkpoint is whole, and --resume repeats exactly what came after it.
+    Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
+    """
+
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+        self.state, self.loader, self.test_set = state, loader, test_set
+        self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
+        path = Path(cfg.out, "checkpoint.pt")
+        if cfg.resume:
+            stored = load(state, path, everything=True)
+            common.fill(loader, stored.get("place"), f"{path}: place")
+            self.log = stored.get("log", [])
+        elif cfg.out and path.exists():
+            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
+        if loader.step >= loader.total:
+            raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
+                            "larger --epochs or --steps goes on")
+        self.kept = loader.state_dict()         # the place at which all was saved
+        if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
+            common.describe(loader.examples, test_set)
+            cfg = replace(cfg, out=cfg.out or str(common.free_folder(NAME)), resume=False)
+            self.lock = common.lock(Path(cfg.out))
+            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
+                  f"{loader.per_epoch} an epoch; in {cfg.out}")
+        self.cfg = cfg
+
+    def __enter__(self) -> "Run":
+        loader = self.loader
+        self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
+                        disable=None if loader.rank == 0 else True)
+        heard = [n for n in common.STOPPING if signal.getsignal(n) != signal.SIG_IGN]    # nohup
+        self.before = {number: signal.signal(number, self.stop) for number in heard}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.loader.rank == 0:
+            self.lock.close()
+
+    def stop(self, number: int, frame) -> None:
+        self.asked = number
+        signal.signal(number, self.before[number])
+
+    def stopped(self, now: bool = False) -> bool:
+        """Whether any process was told to stop: all must leave at the same step."""
+        now |= self.loader.world == 1 or self.loader.step % 10 == 0
+        if now and self.loader.world > 1:       # asking makes everyone wait
+            told = torch.tensor(self.asked, device=self.loader.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            self.asked = int(told)
+        return now and self.asked > 0
+
+    def done(self, losses: dict[str, Tensor]) -> None:
+        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures."""
+        loader = self.loader
+        loader.over |= self.stopped()
+        if loader.rank == 0:
+            self.bar.update()
+            self.pending.append(losses)         # on the device still: no step waits for them
+            saving = loader.over or loader.step % (self.cfg.save_every or loader.per_epoch) == 0
+            if saving or loader.step % 20 == 0:
+                self.note()
+            if saving:
+                self.save()
+
+    def note(self) -> None:
+        """A row: losses, the mean since the last; images per second; share of waiting for data."""
+        names, step, epoch = list(self.pending[0]), self.loader.step, self.loader.epoch
+        values = torch.stack([torch.stack(list(losses.values())) for losses in self.pending]).cpu()
+        for i, k in (~values.isfinite()).nonzero().tolist():
+            bad = step + 1 + i - len(values)
+            raise UserError(f"loss {names[k]} is {values[i, k]} at step {bad}: stopped; the last "
+                            "good checkpoint is kept. A smaller --lr may help")
+        self.log.append({"step": step, "epoch": epoch} | self.loader.speed() | {
+            name: f"{value:.5g}" for name, value in zip(names, values.mean(0).tolist())})
+        self.bar.set_postfix(self.log[-1])
+        self.pending = []
+
+    def save(self) -> None:
+        """The checkpoint: everything that --resume needs, as plain tensors and numbers. Pictures.
+
+        It comes first and whole; a full disk, or nobody who reads what is printed, costs no work.
+        """
+        out, self.kept = Path(self.cfg.out), self.loader.state_dict()
+        common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
+                          for name, value in vars(self.state).items()} | {
+            "script": NAME, "config": asdict(self.cfg), "log": self.log, "place": self.kept},
+            out / "checkpoint.pt")
+        if self.log:
+            common.plot_log(self.log, out)
+            self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
+        if not self.asked:                      # who wants to stop does not wait for pictures
+            sample_grid(self.state, self.cfg, self.test_set,
+                        out / "samples" / f"{self.loader.step:07d}.png")
+        self.loader.speed()                     # saving and drawing are not training
+
+    def end(self) -> Path:
+        """After the last step. Whoever was stopped elsewhere, in a search, has yet to save."""
+        if self.loader.rank == 0 and self.kept != self.loader.state_dict():
+            self.save()
+        if self.asked:
+            if self.loader.rank == 0:
+                print(f"stopped at step {self.loader.step} and saved; to go on: "
+                      f"python {NAME}.py --resume --out {self.cfg.out}")
+            sys.exit(128 + self.asked)
+        return Path(self.cfg.out)
+
+
+# ---------------------------------------------------------------------------- 8 Command line
+
+def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+    """A checkpoint's config with the given flags; those not `free` must not contradict it."""
+    where, stored = " ".join(map(str, paths)), read(*paths)
+    ours = "script" in stored
+    if not ours and not given.keys() & {"data", "input"}:
+        raise UserError(f"{where}: released weights know no dataset; say --input or --data")
+    config = stored.get("config") if ours else released_config(stored, given)
+    try:
+        cfg = Config(**config)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where}: damaged, or of another version ({error}); start a run from its "
+                        "weights with --init")
+    for name, value in given.items():
+        if ours and name not in free and value != getattr(cfg, name):
+            raise UserError(f"{flag(name)} {value} contradicts {where}, which was trained with "
+                            f"{getattr(cfg, name)}; leave the flag out")
+        if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
+            notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
+                   f"follows it, so this is no run that had {value} from its start")
+    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
+        common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
-    flags = {name for action in p._actions for name in action.option_strings}
-    for word in arguments:                      # argparse would take its value for the mode
-        if word.startswith("--") and word.partition("=")[0] not in flags:
-            raise UserError(f"{word}: no such flag; --help lists all")
-    given = vars(p.parse_args(arguments))
-    mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    for name in call:
-        if mode not in CALL[name]:
-            raise UserError(f"--{name} goes with {' or '.join(CALL[name])}, not with {mode}")
-    if "instances" in call and "input" not in call:
-        raise UserError("--instances: goes with --input, whose instance maps it names")
-    resume = call.get("resume", False)
-    if resume and "preset" in call:
-        raise UserError(f"--preset {call['preset']} with --resume: the run knows its settings")
-    if mode == "sample":
-        cfg, state = load_for_test(given, call)
-        sample(cfg, state, call.get("input", ""), call.get("output", ""), call.get("samples", 1),
-               given.get("size"), call.get("instances", ""))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    mode, given = common.parse(words, Config, NAME, MODES, CALL, __doc__)
+    runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
+        Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
+    paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
+    if mode not in ("train", "check", "trace"):
+        cfg = stored_config(paths, given, FREE_AT_TEST)
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        load(state, *paths)
+        run_mode(mode, cfg, state, given)
         return
-    if mode == "evaluate":
-        evaluate(*load_for_test(given, call))
-        return
-    if resume:
-        path = (Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"
-        cfg = stored_config(read_checkpoint(path), path, given, FREE)
-        cfg = replace(cfg, out=str(path.parent), init=())
+    if given.get("resume"):
+        cfg = stored_config(paths, given, FREE)
     else:
-        preset = call.get("preset", "" if given.get("data") else "toy")
-        cfg = configure(preset, **given)
-    check_config(cfg)
-    if mode == "check":
-        cfg = replace(cfg, jitter=False, mirror=False)
-        splits = [dataset(cfg, split) for split in ("train", "test")]
-        bad = common.check_data(splits, Path(cfg.out) if cfg.out else next_run("check"))
-        if bad:
-            raise UserError(f"--data {cfg.data}: {bad} bad file(s), listed above")
-    elif mode == "trace":
+        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
+    if mode == "train":
+        train(cfg)
+    elif mode == "check":
+        common.check_data([dataset(cfg, split) for split in ("train", "test")],
+                          Path(cfg.out or common.free_folder("check")))
+    else:
         trace(cfg)
+
+
+def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
+    """What is done with a trained network."""
+    if mode == "sample":
+        sample(cfg, state, given.get("size"))
     else:
-        train(cfg, resume)
+        evaluate(cfg, state)
+
+
+def trace(cfg: Config) -> None:
+    """Stage, output and parameters of all networks in one training step, FLOPs and time."""
+    device = pick_device(cfg)
+    cfg, train_set, _ = open_data(replace(cfg, compile=False))
+    state, loader = build(cfg, device), common.Loader(train_set, cfg.batch_size, 0, device)
+    pair = make_pair(next(iter(loader)), cfg)
+    common.trace_step({name: getattr(state, name) for name in NETWORKS},
+                      lambda: train_step(state, pair, cfg))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:                    # a disk that is full, a folder that is read-only
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
-        if not (isinstance(error, MemoryError) or "memory" in str(error)):
-            raise
-        print(f"{NAME}.py: error: out of memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
-        sys.exit(2)
+    common.shell(main, NAME)

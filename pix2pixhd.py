@@ -4,12 +4,12 @@ T.-C. Wang, M.-Y. Liu, J.-Y. Zhu, A. Tao, J. Kautz, B. Catanzaro. High-Resolutio
 and Semantic Manipulation with Conditional GANs. CVPR 2018. Section, equation and table numbers are
 those of the CVPR version; "arXiv" is its longer version, 1711.11585.
 
-Idea. pix2pix stops at 256 pixels: above, training is unstable and D sees too little. So G grows
-from coarse to fine (a global network, then enhancers around it), three discriminators look at the
-image at three sizes, and G must also match what they feel inside, which steadies the training
-without any pixel loss. Two inputs are added to the label map: the borders between objects, and a
-few numbers per object that an encoder reads off the real photo. Chosen freely at test time, they
-give each car its own colour.
+Idea. pix2pix stops at 256 pixels: above, training is unstable and D sees too little of the image.
+So G grows from coarse to fine (a global network, then enhancers around it), three discriminators
+look at the image at three sizes, and G must also match the features in their hidden layers, which
+steadies the training without any pixel loss. Two inputs are added to the label map: the borders
+between objects, and a few numbers per object that an encoder computes from the real photo. Chosen
+freely at test time, these numbers give each car its own colour.
 
 Symbols     s  batch["input"], one-hot labels and boundaries     x  batch["image"]
             x_hat = G(s, E(x))     z = E(x), averaged over each object     D_k  scale k, 1 finest
@@ -38,30 +38,50 @@ Paper map   (a test reads these lines: every name must exist, and nothing number
     Fig. 11     editing faces by their parts       PRESETS, helen, Editor
     Slides      generators and D scales compared   evaluate, with --generator and --scales
 
+Stages      one command trains all, one after the other; --stage NAME trains one alone
+    stage     size  trained       frozen  learning rate            Adam is new for  scales of D
+    global    1/2   G1, E, D      -       lr, falls in 2nd half    G1, E, D         scales - 1
+    enhancer  1     G2, E, D      G1      lr                       G2, E, D         scales
+    joint     1     G1, G2, E, D  -       lr, falls in 2nd half    G1, G2, E        scales
+    The enhancer and the joint stage share one schedule of --fine-epochs. With --enhancers 2, G1
+    begins at 1/4 of the size with scales - 2, and an enhancer and a joint stage follow for G3. A
+    new enhancer, the output layer and the new finest D start from random weights; all others
+    start from those of the stage before. With --stored-features E is trained in the first alone.
+
 Paper                             | Released code                     | Here
-    three discriminators          | two at 512 x 1024, three above    | 3, and 2 for G1 inside G2
+    three discriminators          | two at 512 x 1024, three above    | 3 at any size (--scales);
+                                  |                                   |   2 for G1 before G2
     feature matching is summed    | averaged over the scales          | summed; --fm-mean
       over the scales             |                                   |
     "multiple layers" of D        | the four before the prediction    | these four
     Eq. (1) with logs, trained as | least squares; its log form drops | least squares; --gan log,
       least squares               |   the sigmoid                     |   from logits
+    G minimises log(1 - D)        | its log form: -log D              | --gan log: -log D
     VGG layers not named          | relu1_1 .. relu5_1, weights 1/32, | as released
                                   |   1/16, 1/8, 1/4, 1               |
     VGG's input not stated        | [-1, 1], not normalised           | as released; --vgg-normalise
     D's loss: a sum               | half the sum                      | half
     order of updates not stated   | both gradients, then G, then D    | as released
-    G1, then G2, then both        | enhancer alone, then all anew     | as released, in one command
+    G1, then G2, then both        | G2 alone, then all, with a new    | as released, in one command
+                                  |   Adam for G                      |
     E and G trained jointly       | at full size E's maps are stored  | jointly; --stored-features
-                                  |   as 8 bits and E rests           |
+                                  |   as 8 bits and E is not trained  |
+    windows not mentioned         | z: means over the whole photo,    | means over the part of an
+                                  |   then cut to the window          |   object in the window
     all objects are clustered     | those larger than 1/64 image      | as released; --min-area
     a centre is picked            | classes without one: unset memory | their mean, with a notice
     boundary by 4-neighbours      | the same                          | the same, both sides marked
     labels at a smaller scale     | one-hot maps averaged             | as released
     normalisation not stated      | instance norm without parameters  | as released
     biases not stated             | PyTorch's default                 | PyTorch's default
-    transposed convolutions' dots | the same                          | the same; --smooth, ours, in
-      fade slowly                 |                                   |   toy, averages them away
+    transposed convolutions make  | the same                          | the same; --smooth, ours, in
+      a regular pattern of dots   |                                   |   toy, averages it away
     unknown pixels not mentioned  | an ordinary class, in every loss  | as released
+    slides: pix2pix's U-Net       | not released                      | without its dropout
+    slides: CRN's generator       | not released                      | 8 modules for 512 x 1024,
+                                  |                                   |   9 for 1024 x 2048
+    pictures as files             | cut down to 8 bits                | rounded: half of the values
+                                  |                                   |   are larger by 1
 
 There is no pixel loss and no noise: an output that differs from the photo is not an error here.
 
@@ -70,183 +90,189 @@ Run         python pix2pixhd.py                               built-in streets, 
             python pix2pixhd.py edit --style 10001=3          the first car in another colour
 """
 
-import argparse
+import atexit
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.figure
+import common                                   # before torch: it says how torch's threads wait
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DistributedSampler, default_collate
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-import common
-from common import UserError, class_table, colour_label, notice
+from common import (
+    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, class_table, colour_label, flag,
+    kmeans, notice, setting)
 
 # --------------------------------------------------------------------------------- 1 Config
 
+# What the mode edit can change: each flag's form, and the same as a pattern; see in_order.
+EDITS = {"set": ("ID=CLASS", r"(\d+)=(.+)"), "style": ("ID=K", r"(\d+)=(\d+)"),
+         "remove": ("ID[=CLASS]", r"(\d+)(?:=(.+))?"),
+         "paste": ("ID@DOWN,RIGHT", r"(\d+)@(-?\d+),(-?\d+)"),
+         "paint": ("TOP,LEFT,BOTTOM,RIGHT=CLASS", r"(\d+),(\d+),(\d+),(\d+)=(.+)"),
+         "undo": ("", "")}
+
+
 @dataclass
 class Config:
-    """The defaults are the paper's; the comment says where it states them."""
-    # The task
-    data: str = ""                   # folder; "" is the built-in streets
-    task: str = "labels2photo"       # or pairs: an RGB input, such as edges             Fig. 2
-    direction: str = "AtoB"          # of pairs: which half is the input
-    classes: str = ""                # a table of common.py, or a number; "" asks the data
-    boundary: bool = True            # instance boundaries beside the labels             Sec. 3.3
-    size: tuple[int, int] = (1024, 2048)     # height, width of the images, pixels       Sec. 3.2
-    crop: tuple[int, int] = (0, 0)   # train the enhancers on windows of this size; 0: whole images
-    mirror: bool = True              # flip left and right, half the time; released code
-    limit: int = 0                   # use the first so many examples; 0 is all
-    # The networks
-    generator: str = "coarse-to-fine"        # or unet, crn: the slides' comparison
-    enhancers: int = 1               # 0: G1 alone; 1: G1, G2; 2: and G3, for 4096 x 2048 Sec. 3.2
-    width: int = 64                  # channels after G1's first layer; halved per enhancer  arXiv
-    downs: int = 4                   # halvings in G1                                    arXiv
-    blocks: int = 9                  # residual blocks in G1                             arXiv
-    enhancer_blocks: int = 3         # residual blocks in each enhancer                  arXiv
-    smooth: bool = False             # ours: average away a transposed convolution's dots
-    scales: int = 3                  # discriminators, each at half the size of the last Sec. 3.2
-    d_width: int = 64                # channels after D's first layer                    arXiv
-    features: int = 0                # numbers per object from the encoder; 3 in Sec. 4; 0: no E
-    e_width: int = 16                # channels after E's first layer; released code
-    pool: str = "instance"           # average E's map over instances, or over labels    Fig. 11
-    # The objective
-    loss: str = "GAN+FM+VGG"         # or GAN+FM ("w/o VGG"), GAN                        Sec. 4.2
-    gan: str = "lsgan"               # or log, Eq. (1) as written                        Sec. 4
-    lambda_fm: float = 10.0          # lambda in Eq. (4)                                 Sec. 4
-    lambda_vgg: float = 10.0         # of the perceptual loss                            Sec. 4
-    fm_mean: bool = False            # released code: mean over the scales, not their sum
-    vgg: str = "imagenet"            # VGG-19's weights, and the scorer's: imagenet, random, a file
-    vgg_normalise: bool = False      # ImageNet's mean and deviation; the released code has neither
-    # Training
-    stage: str = "all"               # coarse to fine; or global, enhancer, joint alone  Sec. 3.2
-    epochs: int = 200                # of G1, the rate falling in the second half        arXiv
-    fine_epochs: int = 100           # of each enhancer, alone and joint, likewise; released code
-    enhancer_epochs: int = 10        # of these, with all the rest frozen; released code
-    steps: int = 0                   # end after so many updates; 0 leaves it to epochs
-    batch_size: int = 1              # per process; released code
-    lr: float = 2e-4                 # Adam's, all networks                              arXiv
-    betas: tuple[float, float] = (0.5, 0.999)                        # Adam's; released code
-    seed: int = 0                    # of initialisation, order, flips and styles
-    init: tuple[str, ...] = ()       # start from these weights: ours, or released ones
-    save_every: int = 0              # steps between checkpoints and grids; 0 is each epoch
-    # Styles
-    stored_features: bool = False    # released code: with enhancers E rests, its map at half size
-    clusters: int = 10               # K of K-means, per class                           Sec. 4
-    min_area: float = 1 / 64         # share of the image, to be clustered; released code
-    # Evaluation
-    scorer_width: int = 64           # 64 is VGG-16; less, with vgg random, for small studies
-    scorer_steps: int = 2000         # ours: batches of four photos that the scorer trains on
-    # The machine
-    gpu: int | None = None           # CUDA device; -1 the CPU; None the first GPU, else the CPU
-    workers: int | None = None       # data processes; None is 4 with a GPU, else 0
-    precision: str = "fp32"          # or bf16: autocast around the networks
-    compile: bool = False            # torch.compile the networks
-    channels_last: bool | None = None    # memory order; None is on with a GPU, off on the CPU
-    out: str = ""                    # the run's folder; "" is the next free runs/pix2pixhd-N
+    """Every setting is a flag. The defaults are the paper's; the text says where it states them."""
+    # The task. Boundaries and E need instance maps; where the data has none, labels do for E.
+    data: str = setting("", "folder, in any known layout; none: the built-in streets")
+    task: str = setting("labels2photo", "or pairs: an RGB input such as edges, Fig. 2", (
+        "labels2photo", "pairs"))
+    direction: str = setting("AtoB", "which half of a pair is the input", ("AtoB", "BtoA"))
+    classes: str = setting("", "a table of common.py, or a number; none: asks the data")
+    boundary: bool = setting(True, "instance boundaries beside the labels, Sec. 3.3")
+    size: tuple[int, int] = setting((1024, 2048), "height, width in pixels, Sec. 3.2", POSITIVE)
+    crop: tuple[int, int] = setting((0, 0), "train enhancers on windows; 0: whole images", COUNT)
+    mirror: bool = setting(True, "flip left and right, half the time; released code")
+    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    # The networks. The defaults are G1 and G2 for 1024 x 2048 pixels: 183 million parameters, of
+    # which the nine residual blocks of G1 hold 170 million.
+    generator: str = setting("coarse-to-fine", "or the slides' rivals", (
+        "coarse-to-fine", "unet", "crn"))
+    enhancers: int = setting(1, "0: G1; 1: and G2; 2: and G3; Sec. 3.2", Within((0, 4)))
+    width: int = setting(64, "channels after G1's first layer, halved per enhancer", POSITIVE)
+    downs: int = setting(4, "halvings in G1; arXiv", Within((0, 8)))
+    blocks: int = setting(9, "residual blocks in G1; arXiv", POSITIVE)
+    enhancer_blocks: int = setting(3, "residual blocks in each enhancer; arXiv", POSITIVE)
+    smooth: bool = setting(False, "ours: average away a transposed convolution's dots")
+    scales: int = setting(3, "discriminators, each of half the size, Sec. 3.2", Within((1, 6)))
+    d_width: int = setting(64, "channels after D's first layer; arXiv", POSITIVE)
+    features: int = setting(0, "numbers per object from the encoder; 3 in Sec. 4; 0: no E", COUNT)
+    e_width: int = setting(16, "channels after E's first layer; released code", POSITIVE)
+    pool: str = setting("instance", "over what E's map is averaged; label: Fig. 11", (
+        "instance", "label"))
+    # The objective: GAN + lambda_fm FM + lambda_vgg VGG. The GAN term itself has weight 1.
+    loss: str = setting("GAN+FM+VGG", "Sec. 4.2", ("GAN+FM+VGG", "GAN+FM", "GAN"))
+    gan: str = setting("lsgan", "least squares, Sec. 4; or Eq. (1)'s logs", ("lsgan", "log"))
+    lambda_fm: float = setting(10.0, "lambda in Eq. (4), Sec. 4", COUNT)
+    lambda_vgg: float = setting(10.0, "weight of the perceptual loss, Sec. 4", COUNT)
+    fm_mean: bool = setting(False, "released code: mean of Eq. (3) over the scales, not the sum")
+    vgg: str = setting("imagenet", "VGG-19's weights, and the scorer's: imagenet, random, a file")
+    vgg_normalise: bool = setting(False, "ImageNet's mean and deviation before VGG")
+    # Training. The three numbers of epochs are those of the stages in the table above.
+    stage: str = setting("all", "coarse to fine; or one stage alone, from --init; Sec. 3.2", (
+        "all", "global", "enhancer", "joint"))
+    epochs: int = setting(200, "passes over the data that train G1; arXiv", POSITIVE)
+    fine_epochs: int = setting(100, "of each enhancer, alone and joint; released code", POSITIVE)
+    enhancer_epochs: int = setting(10, "of these, with the rest of G frozen; released code", COUNT)
+    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT)
+    batch_size: int = setting(1, "images per step and process; released code", POSITIVE)
+    lr: float = setting(2e-4, "Adam's, all networks; arXiv", Within((1e-9, 0.9)))
+    betas: tuple[float, float] = setting((0.5, 0.999), "Adam's; released code", SHARE)
+    seed: int = setting(0, "of initialisation, order, flips and styles", COUNT)
+    init: tuple[str, ...] = setting((), "start from these weights: ours, or the authors'")
+    save_every: int = setting(0, "steps between checkpoints and grids; 0: an epoch", COUNT)
+    # Styles: what E says about each object of the training photos, clustered after training.
+    stored_features: bool = setting(False, "released code: no training of E beside enhancers")
+    clusters: int = setting(10, "styles per class, K of K-means, Sec. 4", POSITIVE)
+    min_area: float = setting(1 / 64, "least share of the image; released code", Within((0, 1)))
+    # Evaluation: the network that labels the photos in place of the paper's PSPNet.
+    scorer_width: int = setting(64, "64 is VGG-16; less for small studies", POSITIVE)
+    scorer_steps: int = setting(2000, "ours: batches of four that the scorer trains on", POSITIVE)
+    # The machine. Nothing here changes what is learned, but for rounding.
+    gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
+    workers: int | None = setting(None, "data processes; none: 4 with a GPU", Within((0, 256)))
+    precision: str = setting("fp32", "bf16: autocast around the networks", ("fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile the networks")
+    channels_last: bool | None = setting(None, "memory order; none: with a GPU")
+    out: str = setting("", "the run's folder; none: the next free runs/pix2pixhd-N")
+    # One call: what a single command does, and not what a run is. See CALL in room 7 for which
+    # mode reads which.
+    preset: str = setting("", "a released script's settings; none: toy with the streets")
+    resume: bool = setting(False, "continue the run in --out, or the newest, exactly")
+    checkpoint: tuple[str, ...] = setting((), "to test with, also the authors'; none: the newest")
+    input: str = setting("", "a file or a folder of any size; none: the test split")
+    instances: str = setting("", "the instance maps of --input, a file or a folder")
+    output: str = setting("", "a file or a folder; none: test/ or edits/ in the run's folder")
+    samples: int = setting(1, "outputs per input, by other styles", POSITIVE)
+    vary: tuple[str, ...] = setting((), "draw new styles for objects of these classes alone")
+    item: str = setting("", "edit: an example of the test split by name; none: the first")
+    edits: tuple[str, ...] = setting((), "edit: " + " ".join(
+        f"--{name} {form}".strip() for name, (form, _) in EDITS.items()), action="extend")
+    clusters_file: str = setting("", "encode: take the authors' clusters (.npy) from here")
+
+    def __post_init__(self):
+        check_settings(self)
+        # G1 halves its input `downs` times, and works at 1 / 2^enhancers of the full size.
+        n, unit = self.downs + self.enhancers, 2 ** (self.downs + self.enhancers)
+        for wrong, why in (
+                (self.width % 2 ** self.enhancers, f"--width {self.width}: is halved with each "
+                 f"enhancer, so it must be a multiple of {2 ** self.enhancers}"),
+                (self.enhancers and self.enhancer_epochs >= self.fine_epochs, "--enhancer-epochs "
+                 f"{self.enhancer_epochs}: must be fewer than --fine-epochs {self.fine_epochs}, of "
+                 "which they are the first"),
+                (self.enhancers and self.generator != "coarse-to-fine",
+                 f"--generator {self.generator}: has no enhancers; add --enhancers 0"),
+                (self.stage in ("enhancer", "joint") and not self.enhancers or
+                 self.stage == "enhancer" and not self.enhancer_epochs,
+                 f"--stage {self.stage}: needs --enhancers and --enhancer-epochs of 1 or more"),
+                (self.task == "pairs" and self.features, f"--features {self.features}: objects are "
+                 "found in label maps, and --task pairs has none; use --features 0"),
+                (self.instances and not self.input, "--instances: goes with --input"),
+                (self.item and self.input, "--item with --input: only one can choose the scene")):
+            if wrong:
+                raise UserError(why)
+        for name, (h, w) in (("size", self.size), ("crop", self.crop)):
+            if (name == "size" or h or w) and (h % unit or w % unit or min(h, w) < 2 * unit):
+                # Two pixels are the least that instance norm and reflected borders can work on.
+                near = [max(2 * unit, round(side / unit) * unit) for side in (h, w)]
+                raise UserError(
+                    f"--{name} {h} {w}: G halves each side {n} times, so it must be a multiple of "
+                    f"{unit}, {2 * unit} or more; the nearest is --{name} {near[0]} {near[1]}")
 
 
-# The released training scripts, line by line. There, G1 at 512p and G1+G2 at 1024p are separate
-# runs; here "1024p" trains both, one after the other.
+# The released training scripts, line by line, but for D's scales: 512p has two there, and three
+# here as in the paper. There, G1 at 512p and G1+G2 at 1024p are separate runs; here "1024p" trains
+# both, one after the other.
 PRESETS = {
-    "512p": dict(size=(512, 1024), enhancers=0),
-    "512p-features": dict(size=(512, 1024), enhancers=0, features=3),
+    "512p": dict(size=(512, 1024), enhancers=0),                                  # G1 alone
+    "512p-features": dict(size=(512, 1024), enhancers=0, features=3),             # and E
     "1024p": dict(),                                                              # 24 GB of memory
-    "1024p-12GB": dict(crop=(1024, 1024), fine_epochs=200, enhancer_epochs=20),
-    "1024p-features": dict(features=3, stored_features=True),
+    "1024p-12GB": dict(crop=(1024, 1024), fine_epochs=200, enhancer_epochs=20),   # windows
+    "1024p-features": dict(features=3, stored_features=True),                     # Sec. 3.4
     "1024p-features-12GB": dict(features=3, stored_features=True, crop=(896, 896),
                                 fine_epochs=200, enhancer_epochs=20),
     "labels-only": dict(boundary=False),                                          # Table 2
-    "edges2photo": dict(task="pairs", boundary=False),                            # Fig. 2
+    "edges2photo": dict(task="pairs", boundary=False, size=(1024, 1024)),         # Fig. 2
     "helen": dict(size=(1024, 1024), features=3, pool="label", boundary=False),   # Fig. 11
-    # Ours. "small" is the study of the fact sheet's size: 2 million parameters.
-    "small": dict(size=(128, 256), enhancers=0, width=16, downs=3, blocks=6, d_width=16, e_width=8,
-                  features=3, loss="GAN+FM", vgg="random", scorer_width=16, scorer_steps=600),
-    # For the streets on a laptop's CPU: narrow, so Adam's steps may be larger; few steps, so that
-    # feature matching, the steadier of the two losses, weighs more; few photos, so that E and
-    # the learning rate, which falls by epochs, see several passes; smooth, since these few steps do
-    # not unlearn the dots.
+    # Ours, for the streets on a laptop's CPU. The networks are narrow, which allows Adam a larger
+    # rate. There are few steps; therefore feature matching, the steadier of the two losses, has a
+    # larger weight. There are few photos; therefore E sees each of them several times, and the
+    # rate, which falls by epochs, falls several times. --smooth removes the dots of the transposed
+    # convolutions, which training removes only in far more steps. Four scales of D, so that G1
+    # alone, at half the size, has the paper's three.
     "toy": dict(size=(128, 256), limit=75, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 smooth=True, scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM",
                 lambda_fm=50.0, lr=3e-4, epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002,
                 vgg="random", scorer_width=16, scorer_steps=600),
 }
-CHOICES = {
-    "task": ("labels2photo", "pairs"), "direction": ("AtoB", "BtoA"),
-    "generator": ("coarse-to-fine", "unet", "crn"), "pool": ("instance", "label"),
-    "loss": ("GAN+FM+VGG", "GAN+FM", "GAN"), "gan": ("lsgan", "log"),
-    "stage": ("all", "global", "enhancer", "joint"), "precision": ("fp32", "bf16")}
 
 
-def check_config(cfg: Config) -> None:
-    """Absurd values and contradictions, each in one line, before anything is built."""
-    for name, allowed in CHOICES.items():
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: choose one of "
-                            + ", ".join(map(str, allowed)))
-    bounds = dict.fromkeys(("batch_size", "epochs", "width", "d_width", "e_width", "blocks",
-                            "enhancer_blocks", "scales", "clusters", "fine_epochs",
-                            "scorer_width", "scorer_steps"), 1)
-    bounds |= dict.fromkeys(("limit", "steps", "save_every", "seed", "workers", "enhancers",
-                             "features", "lambda_fm", "lambda_vgg", "enhancer_epochs", "downs",
-                             "min_area"), 0)
-    highs = {"workers": 256, "enhancers": 4, "scales": 6, "downs": 8, "min_area": 1}
-    for name, low in bounds.items():
-        value, high = getattr(cfg, name), highs.get(name, 10 ** 9)
-        if not low <= (low if value is None else value) <= high:
-            raise UserError(f"{flag(name)} {value}: must lie in {low}..{high}")
-    if not 0 < cfg.lr < 1:
-        raise UserError(f"--lr {cfg.lr}: must lie between 0 and 1; the paper's is 0.0002")
-    if not all(0 <= beta < 1 for beta in cfg.betas):
-        raise UserError(f"--betas {cfg.betas[0]} {cfg.betas[1]}: both must lie in [0, 1)")
-    if cfg.width % 2 ** cfg.enhancers:
-        raise UserError(f"--width {cfg.width}: is halved with each of the {cfg.enhancers} "
-                        f"enhancers, so it must be a multiple of {2 ** cfg.enhancers}")
-    if cfg.enhancers and cfg.enhancer_epochs >= cfg.fine_epochs:
-        raise UserError(f"--enhancer-epochs {cfg.enhancer_epochs}: must be fewer than "
-                        f"--fine-epochs {cfg.fine_epochs}, of which they are the first")
-    if cfg.generator != "coarse-to-fine" and cfg.enhancers:
-        raise UserError(f"--generator {cfg.generator}: has no enhancers; add --enhancers 0")
-    if cfg.stage == "enhancer" and not cfg.enhancer_epochs:
-        raise UserError("--stage enhancer: has no epochs with --enhancer-epochs 0")
-    if cfg.stage in ("enhancer", "joint") and not cfg.enhancers:
-        raise UserError(f"--stage {cfg.stage}: there is no enhancer with --enhancers 0")
-    if cfg.task == "pairs" and cfg.features:
-        raise UserError(f"--features {cfg.features}: objects are found in label maps, and --task "
-                        "pairs has none; use --features 0")
-    unit = 2 ** (cfg.downs + cfg.enhancers)
-    for name in ("size", "crop"):
-        h, w = getattr(cfg, name)
-        if (name == "size" or h or w) and (h % unit or w % unit or min(h, w) < 2 * unit):
-            near = [max(2 * unit, round(side / unit) * unit) for side in (h, w)]
-            raise UserError(f"--{name} {h} {w}: G halves each side {cfg.downs + cfg.enhancers} "
-                            f"times, so it must be a multiple of {unit} and at least {2 * unit}; "
-                            f"the nearest is --{name} {near[0]} {near[1]}")
-    if not cfg.data and min(plan(cfg)[0].cfg.size) < 32:
-        raise UserError(f"--size {cfg.size[0]} {cfg.size[1]}: the first stage would see "
-                        "{} x {} pixels".format(*plan(cfg)[0].cfg.size)
-                        + "; the streets need at least 32 x 32")
-    if cfg.crop[0] > cfg.size[0] or cfg.crop[1] > cfg.size[1]:
-        raise UserError(f"--crop {cfg.crop[0]} {cfg.crop[1]}: larger than --size {cfg.size[0]} "
-                        f"{cfg.size[1]}")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def configure(preset: str, given: dict) -> Config:
+    """The paper's settings, then a preset's, then what was given."""
+    if preset and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    # The slides' rivals are one network each: nothing to enhance, whatever the preset says.
+    rival = {"enhancers": 0} if given.get("generator") in ("unet", "crn") else {}
+    cfg = Config(**{"preset": preset} | PRESETS.get(preset, {}) | rival | given)
+    if cfg.stage in ("enhancer", "joint") and not cfg.init:
+        notice(f"--stage {cfg.stage} without --init: G1 starts from random weights")
+    return cfg
 
 
 # ------------------------------------------------------------------------------- 2 Networks
@@ -269,9 +295,10 @@ def convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list
 class Doubling(nn.ConvTranspose2d):
     """Transposed convolution, (B, c_in, H, W) -> (B, c_out, 2 H, 2 W).
 
-    Its 3 x 3 kernels overlap at every other pixel, so an untrained one paints dots, which training
-    has to unlearn. `smooth`, ours, takes the mean of each 2 x 2 window: of two neighbours one is
-    always an overlap, so what repeats every two pixels is gone, and some sharpness with it.
+    Its 3 x 3 kernels overlap at every other pixel, so an untrained one makes a pattern of dots, and
+    training has to remove it. `smooth`, ours, takes the mean of each 2 x 2 window: of two
+    neighbours one is always an overlap, so a pattern that repeats every two pixels disappears, and
+    some sharpness with it.
     """
     smooth = False
 
@@ -280,7 +307,12 @@ class Doubling(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1) if self.smooth else x
+        if not self.smooth:                     # as in the paper and the release
+            return x
+        if torch.compiler.is_compiling():       # it cannot take the gradient of the next line's pad
+            x = torch.cat([x, x[..., -1:]], 3)
+            return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], 2), 2, 1)
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
 
 
 def deconvolution(c_in: int, c_out: int) -> list[nn.Module]:
@@ -312,7 +344,7 @@ class GlobalGenerator(nn.Module):
         self.front = nn.Sequential(*convolution(c_in, width, 7))             # (B, 64, H, W)
         for c_a, c_b in zip(c, c[1:]):
             self.front.extend(convolution(c_a, c_b, stride=2))               # (B, 1024, H/16, W/16)
-        self.residual = nn.Sequential(*(ResidualBlock(c[-1]) for _ in range(blocks)))
+        self.residual = nn.Sequential(*(ResidualBlock(c[-1]) for _ in range(blocks)))  # unchanged
         self.back = nn.Sequential()
         for c_a, c_b in zip(c[::-1], c[-2::-1]):
             self.back.extend(deconvolution(c_a, c_b))                        # (B, 64, H, W)
@@ -333,10 +365,10 @@ class LocalEnhancer(nn.Module):
 
     def __init__(self, c_in: int, width: int = 32, blocks: int = 3):
         super().__init__()
-        self.front = nn.Sequential(*convolution(c_in, width, 7),
-                                   *convolution(width, 2 * width, stride=2))
+        self.front = nn.Sequential(*convolution(c_in, width, 7),                # (B, 32, H, W)
+                                   *convolution(width, 2 * width, stride=2))    # (B, 64, H/2, W/2)
         self.residual = nn.Sequential(*(ResidualBlock(2 * width) for _ in range(blocks)))
-        self.back = nn.Sequential(*deconvolution(2 * width, width))
+        self.back = nn.Sequential(*deconvolution(2 * width, width))             # (B, 32, H, W)
 
     def forward(self, s: Tensor, below: Tensor) -> Tensor:
         return self.back(self.residual(self.front(s) + below))
@@ -364,13 +396,14 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, s: Tensor) -> Tensor:
-        pyramid = [s]
+        # Every network reads the labels at its own size; features go from coarse to fine.
+        pyramid = [s]                                        # the largest first
         for _ in self.enhancers:
             pyramid.append(half(pyramid[-1]))
         y = self.globe(pyramid.pop())                        # the smallest: (B, 64, H/2^n, W/2^n)
         for enhancer in self.enhancers:
             y = enhancer(pyramid.pop(), y)                   # (B, 32, 2 h, 2 w)
-        return self.output(y)
+        return self.output(y)                                # (B, 3, H, W)
 
 
 def half(x: Tensor) -> Tensor:
@@ -383,8 +416,9 @@ def half(x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """The slides' first rival: pix2pix's U-Net under this paper's losses, with instance norm.
+    """The slides' first rival: pix2pix's U-Net under this paper's losses.
 
+    It has instance norm instead of batch norm, and no dropout: there is no noise in this paper.
     s (B, c, H, W)  ->  (B, 3, H, W) in [-1, 1]. Halved `downs` times; skips join equal sizes.
     """
 
@@ -405,9 +439,9 @@ class UNet(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         maps = [s]
         for block in self.down:
-            maps.append(block(maps[-1]))
+            maps.append(block(maps[-1]))                     # (B, c_i, H / 2^i, W / 2^i)
         y = self.up[0](maps.pop())
-        for block in self.up[1:]:
+        for block in self.up[1:]:                            # each also sees the map of its size
             y = block(torch.cat([maps.pop(), y], 1))
         return y
 
@@ -417,7 +451,7 @@ class CRN(nn.Module):
 
     s (B, c, H, W)  ->  (B, 3, H, W) in [-1, 1]. From 1/2^downs of the size on, each module sees the
     labels at its size beside the doubled output of the one before. Widths 16, 16, 16, 16, 16, 8, 8,
-    2, 0.5 times `width`, as many modules as there are sizes; layer norm; see crn_imle.py's paper.
+    2, 0.5 times `width`: of these nine, as many as there are sizes from 4 rows to all of them.
     """
 
     def __init__(self, c_in: int, c_out: int = 3, width: int = 64, downs: int = 7):
@@ -434,18 +468,18 @@ class CRN(nn.Module):
         self.apply(initialise)
 
     def forward(self, s: Tensor) -> Tensor:
-        y = None
+        y = None                                             # the first module sees labels alone
         for i, module in enumerate(self.refine):
             labels = F.interpolate(s, scale_factor=0.5 ** (len(self.refine) - 1 - i), mode="area")
             if y is not None:
                 y = F.interpolate(y, labels.shape[-2:], mode="bilinear")
-                labels = torch.cat([y, labels], 1)
-            y = module(labels)
+                labels = torch.cat([y, labels], 1)           # (B, c_a + c, h, w)
+            y = module(labels)                               # (B, c_b, h, w)
         return self.output(y)
 
 
 class PatchDiscriminator(nn.Module):
-    """One D_k: real or fake, asked for every 70 x 70 patch; and what it felt on the way.
+    """One D_k: real or fake, asked for every 70 x 70 patch; and its hidden maps, for Eq. (3).
 
     s and x together (B, c, H, W)  ->  [4 hidden maps, prediction (B, 1, H/8 + 3, W/8 + 3)]
 
@@ -455,18 +489,18 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, c_in: int = 39, width: int = 64):
         super().__init__()
-        c = [c_in, *(min(width * 2 ** i, 512) for i in range(4)), 1]
+        c = [c_in, *(min(width * 2 ** i, 512) for i in range(4)), 1]     # at most 512, as released
         self.layers = nn.ModuleList()
         for i, stride in enumerate((2, 2, 2, 1, 1)):         # a unit sees 4, 10, 22, 46, 70 pixels
-            layer = [nn.Conv2d(c[i], c[i + 1], 4, stride, 2)]
+            layer = [nn.Conv2d(c[i], c[i + 1], 4, stride, 2)]            # 39 64 128 256 512 1
             layer += [instance_norm(c[i + 1])] if 0 < i < 4 else []
-            layer += [nn.LeakyReLU(0.2)] if i < 4 else []
+            layer += [nn.LeakyReLU(0.2)] if i < 4 else []                # the prediction is linear
             self.layers.append(nn.Sequential(*layer))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x)                        # H/2 + 1, H/4 + 1, H/8 + 1, then H/8 + 2, H/8 + 3
             maps.append(x)
         return maps
 
@@ -489,7 +523,7 @@ class MultiScaleDiscriminator(nn.Module):
     def forward(self, s: Tensor, x: Tensor) -> list[list[Tensor]]:
         y, results = torch.cat([s, x], 1), []
         for k, discriminator in enumerate(reversed(self.scales)):
-            y = half(y) if k else y
+            y = half(y) if k else y             # labels and image together
             results.append(discriminator(y))
         return results
 
@@ -518,22 +552,42 @@ class Encoder(nn.Module):
         return self.output(self.layers(x))[..., :x.shape[2], :x.shape[3]]  # made even
 
 
-class InstanceAverage(torch.autograd.Function):
-    """`instance_average`, and its gradient: since averaging is linear and symmetric (what pixel p
-    gives to q, q gives to p), the gradient is the incoming one, averaged in the same way."""
+def instance_average(z: Tensor, region: Tensor) -> Tensor:
+    """Every pixel gets the mean of its object (Sec. 3.4): z (B, C, H, W), region (B, H, W) ids.
+
+    In plain words, for each image b and each object o that is in it:
+
+        z[b][:, region[b] == o] = z[b][:, region[b] == o].mean(1)
+
+    So an object has one value in z, however large it is, and E cannot pass the photo itself to G.
+    The result is that of this loop; see ObjectMean for how it is computed without one.
+    """
+    return ObjectMean.apply(z, region)
+
+
+class ObjectMean(torch.autograd.Function):
+    """The mean per object without a loop over objects, which would take a pass over z for each.
+
+    Neighbours in a row that belong to one object are a run; there are a hundred times fewer runs
+    than pixels. Each run is summed, then the runs of each object, and each pixel reads the mean of
+    its run's object. Sums are in float64, for a road is a sum of 10^5 pixels.
+
+    The gradient needs no other formula. Averaging is linear, and pixel p has the same weight in the
+    result at q as q has in the result at p; so the incoming gradient is averaged in the same way.
+    """
 
     @staticmethod
     def forward(ctx, z: Tensor, region: Tensor) -> Tensor:
         key = region * len(region) + torch.arange(len(region), device=z.device).view(-1, 1, 1)
         run, at, length = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-        owner = run.unique(return_inverse=True)[1]      # a key for each object of each image
+        owner = run.unique(return_inverse=True)[1]      # a number for each object of each image
         where = at.flatten(), length, owner             # (B H W): run of a pixel; (R); (R): object
         ctx.save_for_backward(*where)
-        return InstanceAverage.average(z, *where)
+        return ObjectMean.average(z, *where)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return InstanceAverage.average(gradient, *ctx.saved_tensors), None
+        return ObjectMean.average(gradient, *ctx.saved_tensors), None
 
     @staticmethod
     def average(z: Tensor, at: Tensor, length: Tensor, owner: Tensor) -> Tensor:
@@ -545,17 +599,6 @@ class InstanceAverage(torch.autograd.Function):
         return means[:, owner].index_select(1, at).view(c, b, h, w).transpose(0, 1)
 
 
-def instance_average(z: Tensor, region: Tensor) -> Tensor:
-    """Every pixel gets its object's mean (Sec. 3.4): z (B, C, H, W), region (B, H, W) -> z's shape.
-
-    So an object is one colour in z however large it is, and E cannot smuggle the photo through.
-    No loop over objects: neighbours in a row that belong to one object are a run, and there are a
-    hundred times fewer runs than pixels. Each run is summed, then each object's runs (in float64,
-    since a road is a sum of 10^5 pixels), and a pixel looks its mean up by its run.
-    """
-    return InstanceAverage.apply(z, region)
-
-
 def boundary_map(instance: Tensor) -> Tensor:
     """1 where the object differs from any of the four neighbours (Sec. 3.3, Fig. 4).
 
@@ -563,6 +606,7 @@ def boundary_map(instance: Tensor) -> Tensor:
     image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
     their values mean nothing. What tells touching cars apart is where one ends.
     """
+    # Of each pair of neighbours that differ, both pixels are marked.
     edge = torch.zeros_like(instance, dtype=torch.bool)
     across, down = instance[:, :, 1:] != instance[:, :, :-1], instance[:, 1:] != instance[:, :-1]
     edge[:, :, 1:] |= across
@@ -599,7 +643,11 @@ def discriminator_loss(real: Maps, fake: Maps, gan: str = "lsgan") -> tuple[Tens
 
 
 def generator_loss(fake: Maps, gan: str = "lsgan") -> Tensor:
-    """Eq. (2), G's side: sum_k mean (D_k(s, G(s)) - 1)^2, or of -log D_k; with weight 1."""
+    """Eq. (2), G's side: sum_k mean (D_k(s, G(s)) - 1)^2, with weight 1.
+
+    In the log form, as in the release, G minimises -log D_k and not Eq. (1)'s log(1 - D_k), whose
+    gradient vanishes while D is winning.
+    """
     if gan == "log":
         return sum(F.softplus(-maps[-1]).mean() for maps in fake)
     return sum((maps[-1] - 1).square().mean() for maps in fake)
@@ -613,7 +661,7 @@ def feature_matching_loss(real: Maps, fake: Maps, mean: bool = False) -> Tensor:
     Released code: divided by the number of scales (mean=True), and by (n + 1) / 4 for n layers of
     stride 2, which is 1 for the n = 3 here.
     """
-    total = sum((theirs.detach() - ours).abs().mean()
+    total = sum((theirs.detach() - ours).abs().mean()        # maps_x[:-1]: without the prediction
                 for maps_x, maps_g in zip(real, fake) for theirs, ours in zip(maps_x[:-1], maps_g))
     return total / len(real) if mean else total
 
@@ -632,39 +680,39 @@ def perceptual_loss(real: dict[str, Tensor], fake: dict[str, Tensor]) -> Tensor:
                for name, weight in VGG_LAYERS.items())
 
 
-def perceptual_pull(vgg: nn.Module, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """The perceptual loss, and its gradient at x_hat: all that G's backward pass needs of it.
+def perceptual_term(vgg: nn.Module, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """The perceptual loss twice: its value, for the log, and a term of G's objective.
 
-    Taken at once, before D looks at x_hat, so that VGG's maps and D's are never in memory together.
+    A trick that saves memory. Of this loss G's backward pass needs nothing but the gradient g at
+    x_hat. It is taken at once, before D sees x_hat, so VGG's maps and D's are never in memory
+    together; and sum(g * x_hat), a term with the very same gradient, stands in for the loss.
     """
     with torch.no_grad():                       # the photo's features are a target: no graph
         features = vgg(x)
     loss = perceptual_loss(features, vgg(x_hat))
-    return loss, torch.autograd.grad(loss, x_hat)[0]
+    gradient, = torch.autograd.grad(loss, x_hat)
+    return loss.detach(), (gradient * x_hat).sum()
 
 
 # ------------------------------------------------------------------------------- 4 Training
 
 @dataclass
 class State:
-    """All that training changes. Whatever has a state_dict, and the rest, are saved."""
+    """What training changes; a checkpoint holds it, the place in the data and the log."""
     generator: nn.Module
     discriminator: nn.Module
     encoder: nn.Module | None                   # None with --features 0
     vgg: nn.Module | None                       # frozen; None without a VGG loss
     opt_g: torch.optim.Optimizer                # of G and E
     opt_d: torch.optim.Optimizer
-    stage: int = 0                              # index into plan(cfg)
-    step: int = 0                               # updates done
-    epoch: int = 0                              # passes completed, over all stages
-    seen: int = 0                               # images of this pass already used, by all processes
+    stage: int = 0                              # its place in plan(cfg)
     styles: dict[int, Tensor] = field(default_factory=dict)    # class: (K, C) centres, by K-means
     means: dict[int, Tensor] = field(default_factory=dict)     # class: (C,) mean over its objects
 
 
 @dataclass
 class Stage:
-    """One part of the coarse-to-fine training."""
+    """One part of the coarse-to-fine training; epochs count from the start of the run."""
     name: str                                   # global, enhancer, joint
     cfg: Config                                 # with this stage's size, enhancers and scales
     first: int                                  # epochs of the run before it
@@ -679,12 +727,14 @@ def plan(cfg: Config) -> list[Stage]:
 
     G1 is trained at 1 / 2^enhancers of the size. A stage at half the size has one D fewer: "a
     higher resolution only requires adding an additional discriminator at the finest level".
+    The two stages of one enhancer share one learning-rate schedule, of --fine-epochs epochs.
     """
     stages, n = [], cfg.enhancers
-    for k in range(n + 1):                      # k enhancers
+    for k in range(n + 1):                      # k enhancers: sizes double from one to the next
         part = replace(cfg, size=tuple(side >> (n - k) for side in cfg.size), enhancers=k,
                        crop=tuple(side >> (n - k) for side in cfg.crop) if k else (0, 0),
-                       scales=max(1, cfg.scales - (n - k)))
+                       scales=max(1, cfg.scales - (n - k)), stage="all")
+        # Name, epochs, and of the learning rate's schedule: epochs before, epochs in all.
         parts = [("global", cfg.epochs, 0, cfg.epochs)] if k == 0 else [
             ("enhancer", cfg.enhancer_epochs, 0, cfg.fine_epochs),
             ("joint", cfg.fine_epochs - cfg.enhancer_epochs, cfg.enhancer_epochs, cfg.fine_epochs)]
@@ -692,14 +742,20 @@ def plan(cfg: Config) -> list[Stage]:
             if epochs:
                 first = stages[-1].first + stages[-1].epochs if stages else 0
                 stages.append(Stage(name, replace(part, stage=name), first, epochs, done, total))
-    if cfg.stage != "all":                      # that stage alone, of the outermost network
+    # One stage alone: of those by this name the last, which is that of the outermost network. It
+    # begins at epoch 0 of its own run, and its learning rate where the whole run's would be.
+    if cfg.stage != "all":
         stages = [replace(s, first=0) for s in stages if s.name == cfg.stage][-1:]
     return stages
 
 
 def learning_rate(stage: Stage, epoch: int) -> float:
-    """Full for the first half of the schedule, then down in equal steps; the last is not yet 0."""
-    falling = stage.total // 2
+    """Full for the first half of the schedule, then down in equal steps; the last is not yet 0.
+
+    The released rule: with n epochs at the full rate and m falling, epoch e (counted from 1) has
+    lr (1 - (e - n - 1) / m) from e = n + 1 on.
+    """
+    falling = stage.total // 2                  # the epochs of the second half
     beyond = max(0, epoch - stage.first + stage.done - (stage.total - falling))
     return stage.cfg.lr * (1 - beyond / max(falling, 1))
 
@@ -711,14 +767,14 @@ def channels(cfg: Config) -> int:
 
 def networks(cfg: Config) -> tuple[nn.Module, MultiScaleDiscriminator, Encoder | None]:
     """G, D and E of one stage. D sees s and the image, never E's features."""
-    c = channels(cfg)
+    c = channels(cfg)                           # G reads E's numbers beside s, D does not
     if cfg.generator == "coarse-to-fine":
         generator = Generator(c + cfg.features, 3, cfg.width, cfg.downs, cfg.blocks, cfg.enhancers,
                               cfg.enhancer_blocks)
     else:
         kind = UNet if cfg.generator == "unet" else CRN
         generator = kind(c + cfg.features, 3, cfg.width, cfg.downs)
-    for module in generator.modules():
+    for module in generator.modules():          # a setting of the layer, not a weight of it
         if isinstance(module, Doubling):
             module.smooth = cfg.smooth
     return (generator, MultiScaleDiscriminator(c + 3, cfg.d_width, cfg.scales),
@@ -726,35 +782,30 @@ def networks(cfg: Config) -> tuple[nn.Module, MultiScaleDiscriminator, Encoder |
 
 
 def build(cfg: Config, device: torch.device) -> State:
-    """Networks and optimisers of one stage: cfg is a plan's stage.cfg; otherwise of the last stage.
+    """Networks and optimisers of one stage: cfg is a stage.cfg of plan; else of the last stage.
 
     Precision, compilation and distribution go around the networks.
     """
     if cfg.stage == "all":
         cfg = plan(cfg)[-1].cfg
-    torch.manual_seed(cfg.seed)
-    nets = networks(cfg)
-    for net in nets:
-        if net is not None:
-            net.to(device, memory_format=memory_format(cfg, device))
-    generator, discriminator, encoder = nets
-    if cfg.stage == "enhancer":                 # what the stages before have trained, rests
-        for part in (generator.globe, *generator.enhancers[:-1], encoder):
-            if part is not None:
-                part.requires_grad_(False)
-    if cfg.stored_features and cfg.enhancers and encoder is not None:
+    torch.manual_seed(cfg.seed)                 # all processes begin with the same weights
+    generator, discriminator, encoder = [net and dress(net, cfg, device) for net in networks(cfg)]
+    if cfg.stage == "enhancer":                 # what the stages before have trained, is frozen
+        for part in (generator.globe, *generator.enhancers[:-1]):
+            part.requires_grad_(False)
+    # Released code: E's maps are files in these stages, and files do not learn.
+    if encoder is not None and cfg.stored_features and cfg.enhancers:
         encoder.requires_grad_(False)
-    vgg = None
-    if "VGG" in cfg.loss:
-        vgg = common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise)
-        vgg = dress(vgg.to(device, memory_format=memory_format(cfg, device)), cfg, device)
-    adam = [torch.optim.Adam(trained(*some), cfg.lr, cfg.betas, fused=True)
-            for some in ((generator, encoder), (discriminator,))]
-    state = State(*nets, vgg, *adam)
-    for path in cfg.init:                       # what an enhancer stage adds, no file can have
-        load_networks(state, Path(path), newcomers(cfg) if cfg.stage == "enhancer" else ())
-    state.generator, state.discriminator, state.encoder = (
-        net and dress(net, cfg, device) for net in nets)
+    vgg = None                                  # only with a perceptual loss
+    if "VGG" in cfg.loss:                       # frozen from the start, and not in the checkpoint
+        vgg = dress(common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise), cfg,
+                    device)
+    state = State(generator, discriminator, encoder, vgg, adam(cfg, generator, encoder),
+                  adam(cfg, discriminator))
+    if cfg.init:                                # ours know their stage; the authors' have no config
+        stored, where = read(*cfg.init), " ".join(cfg.init)
+        theirs = stage_of(stored, where).cfg if "config" in stored else cfg
+        take_over(state, cfg, stored, theirs, where, cfg.stage == "enhancer")
     return state
 
 
@@ -763,20 +814,11 @@ def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
     return [p for net in nets if net is not None for p in net.parameters() if p.requires_grad]
 
 
-def newcomers(cfg: Config) -> tuple[str, ...]:
-    """What the outermost enhancer brings: itself, the output layer, the finest discriminator."""
-    return ("generator.output.", f"generator.enhancers.{cfg.enhancers - 1}.",
-            f"discriminator.scales.{cfg.scales - 1}.")
-
-
-def grow(state: State, cfg: Config, device: torch.device) -> State:
-    """The networks of the next stage, with the weights of this one. Adam starts afresh."""
-    new = build(replace(cfg, init=()), device)
-    old = {name: plain(getattr(state, name)).state_dict() for name in NETWORKS
-           if getattr(state, name) is not None}
-    larger = len(plain(new.generator).enhancers) > len(plain(state.generator).enhancers)
-    fill(new, old, Path(cfg.out), newcomers(cfg) if larger else ())
-    return replace(new, stage=state.stage + 1, step=state.step, epoch=state.epoch, seen=state.seen)
+def adam(cfg: Config, *nets: nn.Module | None) -> torch.optim.Adam:
+    """An optimiser without any moments yet, of what is to be trained in these networks."""
+    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, cfg.betas, fused=True)
+    optimiser.register_step_pre_hook(average_gradients)
+    return optimiser
 
 
 def make_pair(batch: dict, cfg: Config) -> dict:
@@ -786,501 +828,153 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     """
     if cfg.task == "pairs":
         return batch                            # an RGB input: nothing to make
-    label = batch["label"]
+    label = batch["label"]                      # (B, H, W) int64
     ids = torch.arange(class_table(cfg.classes).channels, device=label.device)
     s = (label[:, None] == ids.view(-1, 1, 1)).float()      # one-hot, without an int64 of each
     if cfg.boundary:
+        # G and D see where an object ends, never the ids, whose values mean nothing.
         s = torch.cat([s, boundary_map(batch["instance"])], 1)
+    # Fig. 11 averages over labels instead: one style for all the hair, one for all the skin.
     region = batch.get("instance", label) if cfg.pool == "instance" else label
     return batch | {"input": s, "region": region}
 
 
-def style_of_photo(encoder: nn.Module, x: Tensor, region: Tensor, stored: bool = False) -> Tensor:
+def style_of_photo(encoder: nn.Module, x: Tensor, region: Tensor, cfg: Config) -> Tensor:
     """z = E(x), averaged over each region (B, H, W): (B, C, H, W).
 
-    Released code, at full size: E's map of the half-sized photo, doubled and rounded to 8 bits.
+    Released code, at full size (--stored-features): the map that E makes of the photo at half the
+    size, with which E was trained, is doubled and rounded to 8 bits.
     """
-    if not stored:
+    if not (cfg.stored_features and cfg.enhancers):
         return instance_average(encoder(x), region)
-    z = instance_average(encoder(half(x)), region[:, ::2, ::2])
-    z = ((z + 1) * 127.5).round() / 127.5 - 1
+    z = instance_average(encoder(half(x)), region[:, ::2, ::2])             # (B, C, H/2, W/2)
+    z = ((z + 1) * 127.5).round() / 127.5 - 1                               # 256 values in [-1, 1]
     return F.interpolate(z, x.shape[-2:], mode="nearest")
 
 
 def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """One update of G and E and one of D: Eq. (4). Returns the losses by the paper's names.
 
-    Both gradients are taken before either update, as in the released code. It asks D twice about
-    the same x_hat, once for each of the two; here one pass serves both, and `inputs` says which
-    weights each backward pass is for. Nothing else flows anywhere: that is all a detach would do.
+    Both gradients are taken before either update, as in the released code. There D judges x_hat
+    twice, once for each of the two. Here it judges once, and each backward pass is told whose
+    weights it is for: G's objective reaches G and E alone, D's loss reaches D alone.
     """
     G, D, E = state.generator, state.discriminator, state.encoder
     s, x = batch["input"], batch["image"]       # (B, c, H, W), (B, 3, H, W) in [-1, 1]
-    s_z = s
-    if E is not None:                           # "we replace G(s) with G(s, E(x))"       Sec. 3.4
-        stored = cfg.stored_features and cfg.enhancers > 0
-        s_z = torch.cat([s, style_of_photo(E, x, batch["region"], stored)], 1)
-    x_hat = G(s_z)
-    pull = 0.0
-    if "VGG" in cfg.loss:
-        loss_vgg, pull = perceptual_pull(state.vgg, x, x_hat)
+    z = [] if E is None else [style_of_photo(E, x, batch["region"], cfg)]
+    x_hat = G(torch.cat([s, *z], 1))            # "we replace G(s) with G(s, E(x))"       Sec. 3.4
+    if "VGG" in cfg.loss:                       # before D: see perceptual_term
+        loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat)
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
 
     # G and E: the min in Eq. (4).
-    losses = {"g_gan": generator_loss(fake, cfg.gan)}
+    losses = {"g_gan": generator_loss(fake, cfg.gan)}           # weight 1
     objective = losses["g_gan"]
     if "FM" in cfg.loss:
         losses["g_fm"] = feature_matching_loss(real, fake, cfg.fm_mean)
         objective = objective + cfg.lambda_fm * losses["g_fm"]
     if "VGG" in cfg.loss:
         losses["g_vgg"] = loss_vgg
-        objective = objective + cfg.lambda_vgg * (pull * x_hat).sum()    # the same gradient
+        objective = objective + cfg.lambda_vgg * vgg_term
     state.opt_g.zero_grad(set_to_none=True)
-    objective.backward(inputs=trained(G, E), retain_graph=True)
+    objective.backward(inputs=trained(G, E), retain_graph=True)     # D's loss needs the graph, too
 
     # D: the max in Eq. (2).
     losses["d_real"], losses["d_fake"] = discriminator_loss(real, fake, cfg.gan)
     state.opt_d.zero_grad(set_to_none=True)
     (losses["d_real"] + losses["d_fake"]).backward(inputs=trained(D))
-    state.opt_g.step()
+    state.opt_g.step()                          # only now: both gradients are of the same weights
     state.opt_d.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-# From here to Log all is word for word the same in the four scripts, but for these two names.
+def take_over(state: State, cfg: Config, stored: dict, theirs: Config, where: str,
+              larger: bool) -> None:
+    """Start the networks of a stage, cfg, with weights that were trained in another, theirs.
 
-NAME = "pix2pixhd"
-NETWORKS = ("generator", "discriminator", "encoder")       # in State
-
-
-def memory_format(cfg: Config, device: torch.device) -> torch.memory_format:
-    on = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
-    return torch.channels_last if on else torch.contiguous_format
-
-
-def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """Autocast, torch.compile and DistributedDataParallel, as asked for, around a network."""
-    if cfg.precision == "bf16":                 # losses and optimisers stay in float32
-        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-        net.forward = lambda *x: to_float(forward(*x))
-    if cfg.compile:
-        net.compile()                           # in place: names in the checkpoint stay as they are
-    if dist.is_initialized() and any(p.requires_grad for p in net.parameters()):
-        if device.type == "cuda":               # on the CPU each process has its own statistics
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        ids = [device.index] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, ids, broadcast_buffers=False)
-    return net
-
-
-def to_float(output):
-    """float32 of a tensor, or of every tensor in a list or a dict."""
-    if isinstance(output, dict):
-        return {name: each.float() for name, each in output.items()}
-    return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
-
-
-def plain(net: nn.Module) -> nn.Module:
-    """The network itself, without DistributedDataParallel around it."""
-    return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
-
-
-def place() -> tuple[int, int]:
-    """(rank, number of processes): (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def pick_device(cfg: Config) -> torch.device:
-    """The device of this process. Under torchrun it also joins the other processes."""
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpu = cfg.gpu if cfg.gpu is not None else int(os.environ.get("LOCAL_RANK", 0)) if n else -1
-    if cfg.gpu is not None and cfg.gpu >= 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--gpu {gpu}: torchrun gives each process its own GPU; leave the flag out")
-    if not -1 <= gpu < n:
-        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
-        raise UserError(f"--gpu {gpu}: this machine has {here}; use --gpu -1 for the CPU")
-    device = torch.device("cpu") if gpu < 0 else torch.device("cuda", gpu)
-    if gpu >= 0:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu >= 0 else "gloo")
-    return device
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: end the step, save, say how to resume. A second Ctrl-C ends at once."""
-    signal = 0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, self.before[number])
-
-    def asked(self, device: torch.device, step: int) -> bool:
-        """True once any process was asked to stop: all must leave the loop at the same step."""
-        if dist.is_initialized():
-            if step % 10:                       # asking makes everyone wait
-                return False
-            signals = torch.tensor(self.signal, device=device)
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-            self.signal = int(signals)
-        return self.signal > 0
-
-
-def save_checkpoint(state: State, cfg: Config) -> None:
-    """Everything that resuming needs, as plain tensors and numbers, in one file."""
-    for net in (getattr(state, name) for name in NETWORKS):
-        if net is not None and not all(p.isfinite().all() for p in net.parameters()):
-            raise UserError(f"a weight is nan or infinite after step {state.step}: stopped; the "
-                            "last good checkpoint is kept. A smaller --lr may help")
-    content = {"script": NAME, "config": asdict(cfg)}
-    for name, value in vars(state).items():
-        content[name] = plain(value).state_dict() if hasattr(value, "state_dict") else value
-    common.save_file(content, Path(cfg.out) / "checkpoint.pt")
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint, or {"released": weights} of a file that is not ours."""
-    stored = common.load_file(path, f"give a checkpoint of {NAME}.py")
-    if "script" not in stored:
-        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored.items()):
-            raise UserError(f"{path}: neither a checkpoint of {NAME}.py nor a dict of weights")
-        return {"released": {k.removeprefix("module."): v for k, v in stored.items()}}
-    if stored["script"] != NAME:
-        raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
-    if NETWORKS[0] not in stored:
-        raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
-    return stored
-
-
-def stored_config(stored: dict, path: Path, given: dict, free: set[str]) -> Config:
-    """The checkpoint's config with the given flags; those not `free` must not contradict it."""
-    if "config" not in stored:
-        raise UserError(f"{path}: bare weights; start from them with --init")
-    strange = set(stored["config"]) - set(vars(Config()))
-    if strange:
-        raise UserError(f"{path}: made by another version; it has a setting '{min(strange)}'")
-    cfg = Config(**stored["config"])
-    try:
-        check_config(cfg)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged, a setting makes no sense ({error})")
-    for name, value in given.items():
-        if name not in free and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
-                            f"{getattr(cfg, name)}; leave the flag out")
-    return replace(cfg, **given)
-
-
-def restore(state: State, stored: dict, path: Path) -> None:
-    """Continue exactly: networks, optimisers, and the place in the data."""
-    try:
-        for name, value in vars(state).items():
-            if hasattr(value, "load_state_dict"):
-                plain(value).load_state_dict(stored[name])
-            else:
-                setattr(state, name, stored[name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:    # of another version
-        raise UserError(f"{path}: cannot be gone on with ({str(error).partition(chr(10))[0]}); "
-                        "start from its weights with --init")
-
-
-def load_networks(state: State, path: Path, fresh: tuple[str, ...] = ()) -> None:
-    """Weights only, for --init."""
-    fill(state, our_names(read_checkpoint(path), path), path, fresh)
-
-
-def our_names(stored: dict, path: Path) -> dict:
-    """What read_checkpoint gave; the authors' weights under our names."""
-    return rename_released(stored["released"], path) if "released" in stored else stored
-
-
-def fill(state: State, stored: dict, path: Path, fresh: tuple[str, ...] = ()) -> None:
-    """Put stored weights into the networks; names and shapes are compared first.
-
-    Weights whose names ("generator.output.0.bias") begin with one of `fresh` keep their values.
+    larger: an enhancer is new here. It, the output layer and the finest D have nothing to start
+    from and keep their random weights. D's scales go by resolution, not by number: one that has
+    judged images of 256 x 512 judges images of 256 x 512 again.
     """
-    shared = [name for name in NETWORKS
+    # In G the first two are new, in D the last; nothing in E.
+    fresh = ("output.", f"enhancers.{cfg.enhancers - 1}.", f"scales.{cfg.scales - 1}.")
+    shared = [name for name in NETWORKS[:3]
               if getattr(state, name) is not None and stored.get(name) is not None]
     if not shared:
-        raise UserError(f"{path}: holds {', '.join(stored)}, of which this run uses nothing")
-    for name in shared:
-        net, theirs = getattr(state, name), stored[name]
-        own = plain(net).state_dict()
-        shapes, got = ({k: tuple(v.shape) for k, v in weights.items()
-                        if not f"{name}.{k}".startswith(fresh)} for weights in (own, theirs))
-        wrong = sorted(k for k in shapes | got if shapes.get(k) != got.get(k))
-        if wrong:
-            raise UserError(f"{path}: another {name}: {wrong[0]} is {got.get(wrong[0], 'absent')}, "
-                            f"expected {shapes.get(wrong[0], 'absent')} ({len(wrong)} such)")
-        plain(net).load_state_dict(own | {k: theirs[k] for k in got})
+        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    for name in shared:                         # fill checks names and shapes
+        net, weights = getattr(state, name), dict(stored[name])
+        own = {k: v for k, v in net.state_dict().items() if larger and k.startswith(fresh)}
+        if name == "generator":
+            weights |= own
+        if name == "discriminator" and (larger or theirs.size == cfg.size):
+            # The coarsest of our scales and of theirs differ by so many halvings.
+            coarsest = [part.size[0] / 2 ** part.scales for part in (cfg, theirs)]
+            weights = own | by_resolution(weights, round(math.log2(coarsest[0] / coarsest[1])))
+        common.fill(net, weights, f"{where}: {name}")
 
 
-def next_run(kind: str = NAME) -> Path:
-    """The next free runs/<kind>-N, claimed by making it."""
-    for n in range(1, 10 ** 6):
-        path = Path("runs") / f"{kind}-{n}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); say where with --out")
+def by_resolution(weights: dict, skip: int) -> dict:
+    """D's weights without its `skip` coarsest scales, the others renumbered from 0."""
+    kept = {}                                   # number 0 is the coarsest
+    for key, value in weights.items():          # scales.<number>.layers....
+        number, _, rest = key.removeprefix("scales.").partition(".")
+        if int(number) >= skip:
+            kept[f"scales.{int(number) - skip}.{rest}"] = value
+    if len(kept) < len(weights):
+        notice(f"the {skip} coarsest discriminator(s) are left out: this stage judges no image so "
+               "small")
+    return kept
 
 
-def newest_run() -> Path:
-    """The folder in runs/ whose checkpoint is the youngest."""
-    runs = sorted(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(f"runs/: no run of {NAME}.py yet; train first, or say --checkpoint FILE")
-    return runs[-1].parent
+def grow(state: State, before: Config, cfg: Config, device: torch.device) -> State:
+    """The networks of the next stage, with the weights of the present one.
+
+    From the enhancer to the joint stage they are the same networks, and D's Adam goes on; all of G
+    is trained now, by a new Adam. A larger stage has new networks, and a new Adam for all.
+    """
+    if cfg.enhancers == before.enhancers:
+        state.generator.requires_grad_(True)
+        opt_g = adam(cfg, state.generator, state.encoder)
+        return replace(state, opt_g=opt_g, stage=state.stage + 1)
+    new = build(replace(cfg, init=()), device)  # --init was for the first stage
+    weights = {name: net.state_dict() for name in NETWORKS[:3]
+               if (net := getattr(state, name)) is not None}
+    take_over(new, cfg, weights, before, cfg.out, larger=True)
+    return replace(new, stage=state.stage + 1)
 
 
-def open_run(cfg: Config, resume: bool) -> Config:
-    """Make the run's folder, never one that holds another run; write config.json."""
-    out = Path(cfg.out) if cfg.out else next_run()
-    if (out / "checkpoint.pt").exists() and not resume:    # without one, there is nothing to lose
-        raise UserError(f"--out {out}: holds a run already; --resume continues it")
-    cfg = replace(cfg, out=str(out))
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})")
-    return cfg
-
-
-class Log:
-    """log.csv and losses.png. Losses stay on the device until `write`: no step waits for them."""
-    EVERY = 20                                  # steps per row
-
-    def __init__(self, folder: Path, step: int):
-        self.path, self.pending, self.begun, self.waited = folder / "log.csv", [], time.time(), 0.0
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = lines[:1] + [line for line in lines[1:] if line.count(",") == lines[0].count(",")
-                            and int(line.split(",")[0]) <= step]
-        if lines:                               # resuming repeats the steps after the checkpoint
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("\n".join(kept) + "\n" if step else "")
-            os.replace(temporary, self.path)
-
-    def write(self, state: State, images: int) -> dict:
-        """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        names = list(self.pending[0])
-        values = torch.stack([torch.stack([step[k] for k in names]) for step in self.pending]).cpu()
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise UserError(
-                f"loss {names[column]} is {values[row, column]} at step "
-                f"{state.step - len(values) + 1 + row}: stopped; the last good checkpoint is kept. "
-                "A smaller --lr may help")
-        span = time.time() - self.begun
-        row = {"step": state.step, "epoch": state.epoch}
-        row |= {k: f"{v:.5g}" for k, v in zip(names, values.mean(0).tolist())}
-        row["images/s"] = f"{images * len(values) / span:.3g}"
-        row["wait"] = f"{self.waited / span:.2f}"
-        with open(self.path, "a") as file:
-            if not file.tell():
-                file.write(",".join(row) + "\n")
-            file.write(",".join(map(str, row.values())) + "\n")
-        self.pending, self.begun, self.waited = [], time.time(), 0.0
-        return row
-
-    def plot(self) -> None:
-        names, *rows = [line.split(",") for line in self.path.read_text().splitlines()]
-        figure = matplotlib.figure.Figure(figsize=(8, 4.5))
-        axes = figure.subplots()
-        for k, name in enumerate(names[2:-2], 2):
-            values = [float(row[k]) for row in rows]
-            smooth = [sum(v) / len(v) for v in (values[max(0, i - 9): i + 1]
-                                                for i in range(len(values)))]
-            axes.plot([int(row[0]) for row in rows], smooth, label=name)
-        axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
-        axes.legend(frameon=False)
-        figure.savefig(self.path.with_name("losses.png"), dpi=120, bbox_inches="tight")
-
-
-def dataset(cfg: Config, split: str) -> common.Dataset:
-    train = split == "train"
-    return common.Dataset(
-        cfg.data, split, cfg.size, crop=cfg.crop if train else (0, 0), mirror=train and cfg.mirror,
-        classes=cfg.classes, direction=cfg.direction, limit=cfg.limit, seed=cfg.seed,
-        instances=cfg.boundary or cfg.pool == "instance")
-
-
-def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
-    """Both splits, and the config with what the data turned out to be: classes, boundary, pool."""
-    train_set = dataset(cfg, "train")
-    cfg = replace(cfg, classes=train_set.classes)
-    if not train_set.roles & {"image", "B", "pair"}:
-        raise UserError(f"--data {cfg.data}: layout {train_set.layout.name}, without photos; "
-                        "training needs them")
-    if "label" not in train_set.roles and cfg.task == "labels2photo":
-        if cfg.features:
-            raise UserError(f"--features {cfg.features}: objects are found in label maps, and "
-                            f"{cfg.data} has none; use --features 0")
-        cfg = replace(cfg, task="pairs", boundary=False)
-    elif "label" in train_set.roles and cfg.task == "pairs":
-        raise UserError("--task pairs: this dataset has label maps; --task labels2photo is the way")
-    if "instance" not in train_set.roles and cfg.task == "labels2photo":
-        if cfg.boundary:
-            notice("no instance maps: trained without the boundary channel")
-        if cfg.features and cfg.pool == "instance":
-            notice("no instance maps: features are averaged over labels")
-        cfg = replace(cfg, boundary=False, pool="label")
-    if cfg.generator != "coarse-to-fine":       # these halve as often as the size allows
-        limit = 8 if cfg.generator == "unet" else 6
-        deepest = [k for k in range(1, limit + 1) if all(side % 2 ** k == 0 and side >= 2 ** (k + 1)
-                                                         for side in cfg.size)]
-        cfg = replace(cfg, downs=max(deepest, default=1))
-    images = cfg.batch_size * place()[1]
-    if images > len(train_set):
-        raise UserError(f"--batch-size {cfg.batch_size}: a step needs {images} images, training "
-                        f"has {len(train_set)}")
-    check_config(cfg)
-    test_set = dataset(cfg, "test")
-    if (cfg.boundary or cfg.features and cfg.pool == "instance") and (
-            "instance" not in test_set.roles):
-        raise UserError(f"--data {cfg.data}: instance maps for training, but none for testing; add "
-                        "them, or train with --no-boundary (and --pool label)")
-    return cfg, train_set, test_set
-
-
-def open_loader(train_set: common.Dataset, cfg: Config, device: torch.device) -> common.Loader:
-    return common.Loader(train_set, cfg.batch_size, cfg.workers, device, files=bool(cfg.data))
-
-
-def epoch_batches(loader: common.Loader, cfg: Config, state: State):
-    """The rest of this epoch; the order hangs on (seed, epoch) alone."""
-    rank, world = place()
-    sampler = DistributedSampler(loader.examples, world, rank, seed=cfg.seed, drop_last=True)
-    sampler.set_epoch(state.epoch)
-    return loader.read(state.epoch, list(sampler)[state.seen // world:])
-
-
-def to_pair(batch: dict, cfg: Config, device: torch.device) -> dict:
-    """A batch of the loader as a pair on the device."""
-    batch = make_pair({k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-                       for k, v in batch.items()}, cfg)
-    return {k: v.contiguous(memory_format=memory_format(cfg, device))
-            if k in ("input", "image") else v for k, v in batch.items()}
-
-
-def train(cfg: Config, resume: bool = False) -> Path:
-    """All stages, from scratch, from --init, or on from the checkpoint; returns the folder."""
-    device, stored = pick_device(cfg), None
-    rank, world = place()
-    if resume:
-        stored = read_checkpoint(Path(cfg.out) / "checkpoint.pt")
-    cfg, train_set, test_set = open_data(cfg)
-    if resume and cfg.boundary != stored["config"]["boundary"]:
-        raise UserError(f"--data {cfg.data}: the run began with instance maps, which are gone")
-    stages = plan(cfg)
-    per_step = cfg.batch_size * world
-    per_epoch = len(train_set) // per_step
-    total = min(cfg.steps or math.inf, sum(stage.epochs for stage in stages) * per_epoch)
-    state = build(stages[stored["stage"] if resume else 0].cfg, device)
-    if resume:
-        restore(state, stored, Path(cfg.out) / "checkpoint.pt")
-        begun = [[s.first for s in some[:state.stage + 1]]
-                 for some in (stages, plan(Config(**stored["config"])))]
-        if begun[0] != begun[1]:
-            raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
-                            f"stages that have begun (at epochs {begun[1]}, now {begun[0]}); only "
-                            "the last stage can grow")
-    if state.step >= total and state.encoder is not None and not state.styles:
-        if rank == 0:                           # killed before it had them
-            encode(replace(stages[state.stage].cfg, out=cfg.out), state)
-            save_checkpoint(state, cfg)
-        return Path(cfg.out)
-    if state.step >= total:
-        raise UserError(f"{cfg.out}: finished at step {state.step}, epoch {state.epoch}; a larger "
-                        "--epochs or --steps goes on")
-    if rank == 0:
-        common.describe(train_set)
-        common.describe(test_set)
-        cfg = open_run(cfg, resume)
-        log = Log(Path(cfg.out), state.step)
-        print(f"{device}: {total} steps of {per_step} image(s), {per_epoch} an epoch; in {cfg.out}")
-        announce(stages)
-    save_every = cfg.save_every or per_epoch
-    bar = tqdm(total=total, initial=state.step, unit="step", disable=None if rank == 0 else True)
-    with Stop() as stop:
-        last, stage = False, None
-        while not last:
-            number = max(i for i, s in enumerate(stages) if s.first <= state.epoch)
-            if number != state.stage:
-                state = grow(state, replace(stages[number].cfg, out=cfg.out), device)
-            before, stage = stage, stages[number]
-            if before is None or stage.cfg.enhancers > before.cfg.enhancers:     # a larger size
-                train_set, test_set = (dataset(stage.cfg, split) for split in ("train", "test"))
-                loader = open_loader(train_set, cfg, device)
-            for optimiser in (state.opt_g, state.opt_d):
-                optimiser.param_groups[0]["lr"] = learning_rate(stage, state.epoch)
-            clock = time.time()
-            for batch in epoch_batches(loader, cfg, state):
-                waited = time.time() - clock
-                losses = train_step(state, to_pair(batch, stage.cfg, device), stage.cfg)
-                state.step, state.seen = state.step + 1, state.seen + per_step
-                bar.update()
-                last = stop.asked(device, state.step) or state.step >= total
-                save = last or state.step % save_every == 0
-                if rank == 0:
-                    log.pending.append(losses)
-                    log.waited += waited
-                    if save or state.step % Log.EVERY == 0:
-                        row = log.write(state, per_step)
-                        bar.set_postfix(row)
-                    if save:
-                        bar.write("  ".join(f"{k} {v}" for k, v in row.items()))
-                        save_checkpoint(state, cfg)
-                        sample_grid(state, replace(stage.cfg, out=cfg.out), test_set, device)
-                        log.plot()
-                        log.begun = time.time()     # saving and drawing are not training
-                if last:
-                    break
-                clock = time.time()
-            else:
-                state.epoch, state.seen = state.epoch + 1, 0
-    bar.close()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    if stop.signal:
-        if rank == 0:
-            print(f"stopped at step {state.step} and saved; to go on: "
-                  f"python {NAME}.py --resume --out {cfg.out}")
-        sys.exit(128 + stop.signal)
-    if rank == 0 and state.encoder is not None:
-        encode(replace(stage.cfg, out=cfg.out), state)
-        save_checkpoint(state, cfg)
-    return Path(cfg.out)
-
-
-def announce(stages: list[Stage]) -> None:
-    """The coarse-to-fine schedule, a line per stage."""
-    moved = {"global": "G1", "enhancer": "the new enhancer, the rest frozen", "joint": "all of G"}
-    for i, stage in enumerate(stages, 1):
-        cfg = stage.cfg
-        h, w = cfg.size if 0 in cfg.crop else cfg.crop
-        print(f"stage {i} of {len(stages)}, {stage.name}: {stage.epochs} epochs at {h}x{w} with "
-              f"{cfg.scales} D scale(s), training "
-              f"{moved[stage.name] if cfg.generator == 'coarse-to-fine' else cfg.generator}")
+def train(cfg: Config) -> Path:
+    """All stages: from scratch, from --init, or on from the checkpoint in --out; their folder."""
+    device = pick_device(cfg)
+    cfg, _, _ = open_data(cfg)
+    stages = plan(cfg)                          # see the table of stages at the top
+    stored = left_off(cfg, stages)              # the checkpoint, with --resume
+    stage = stages[stored.get("stage", 0)]
+    state, (loader, test_set) = build(stage.cfg, device), open_stage(stage.cfg, stages, device)
+    if state.encoder is not None and stored.get("styles") == {}:     # killed before it had them?
+        common.fill(loader, stored.get("place"), f"{cfg.out}/checkpoint.pt: place")
+        if loader.step >= loader.total:
+            load(state, Path(cfg.out, "checkpoint.pt"))
+            return finish(stage.cfg, state, Path(cfg.out))
+    with Run(cfg, state, loader, test_set) as run:
+        if loader.rank == 0:
+            announce(stages)
+        while not loader.over:
+            if loader.epoch == stage.first + stage.epochs:      # the next stage: larger, or joint
+                before, stage = stage, stages[state.stage + 1]
+                state, place = grow(state, before.cfg, stage.cfg, device), loader.state_dict()
+                loader, test_set = open_stage(stage.cfg, stages, device, place)
+                run.state, run.loader, run.test_set = state, loader, test_set    # for its grids
+            for optimiser in (state.opt_g, state.opt_d):        # both follow one schedule
+                optimiser.param_groups[0]["lr"] = learning_rate(stage, loader.epoch)
+            for batch in loader:                # what is left of this epoch
+                run.done(train_step(state, make_pair(batch, stage.cfg), stage.cfg))
+    return finish(stage.cfg, state, run.end())
 
 
 def rename_released(stored: dict, path: Path) -> dict:
-    """The authors' files (a plain state dict of G, D or E) under our names.
+    """The authors' files (a plain state dict of G or of E) under our names.
 
     G1 is "model", enhancer n is "model<n>_1" (front-end) and "model<n>_2" (the rest); numbers count
     layers, also those without weights. Inside each list the order is ours, so the convolutions are
@@ -1288,47 +982,54 @@ def rename_released(stored: dict, path: Path) -> dict:
     """
     stored = {k: v for k, v in stored.items() if not k.endswith(
         ("running_mean", "running_var", "num_batches_tracked"))}
-    lists = {}                                  # "model1_2": its convolutions, in order
-    for key in stored:
-        if key.endswith(".weight"):
-            first, _, rest = key.removesuffix(".weight").partition(".")
-            order = [int(part) for part in rest.split(".") if part.isdecimal()]
-            lists.setdefault(first, []).append((order, key.removesuffix(".weight")))
-    lists = {first: [key for _, key in sorted(convs)] for first, convs in lists.items()}
-    names = {}
-    if lists and all(first.startswith(("scale", "layer")) for first in lists):
-        name = "discriminator"
-        for key in (key for convs in lists.values() for key in convs):
-            scale, _, layer = key.replace("scale", "").partition("_layer")
-            if layer:                           # scale0_layer3.0
-                names[key] = f"scales.{scale}.layers.{layer.split('.')[0]}.0"
-        for first, convs in lists.items():      # layer0.8, where feature matching was off
-            for i, key in enumerate(convs if first.startswith("layer") else ()):
-                names[key] = f"scales.{first.removeprefix('layer')}.layers.{i}.0"
-    elif "model" in lists and not any("conv_block" in key for key in stored):
-        name, convs = "encoder", lists["model"]
-        if convs[-1] == "model.28":
-            notice(f"{path}: an early encoder, whose last layer padded with zeros; borders differ")
-        names = dict(zip(convs, ours(Encoder(3, 1, len(convs) // 2 - 1))))
-    elif "model" in lists:
-        name, n = "generator", sum(first.endswith("_1") for first in lists)
-        convs = [key for first in sorted(lists) for key in lists[first]]
-        blocks = sum("conv_block" in key for key in lists["model"]) // 2
-        downs = (len(lists["model"]) - 2 * blocks - (1 if n else 2)) // 2
-        inner = sum("conv_block" in key for key in lists.get("model1_2", ())) // 2
-        names = dict(zip(convs, ours(Generator(3, 3, 2 ** n, downs, blocks, n, inner))))
+    # "model.16.conv_block.1" before "model.25", "model" before "model1_1": numbers as numbers.
+    theirs = sorted((k.removesuffix(".weight") for k in stored if k.endswith(".weight")),
+                    key=lambda k: [part.zfill(4) for part in k.split(".")])
+    parts = {k.partition(".")[0] for k in theirs}                       # model, model1_1, model1_2
+    if "model" not in parts:
+        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released G or E; its first key "
+                        f"is {next(iter(stored), 'missing')}")
+    # n enhancers; each block has two convolutions, and so has each halving, down and up again.
+    n, count = len(parts) // 2, lambda *words: sum(all(w in k for w in words) for k in theirs)
+    blocks, inner = (count(part, "conv_block") // 2 for part in ("model.", "model1_2."))
+    if blocks:
+        downs = (count("model.") - 2 * blocks - (1 if n else 2)) // 2
+        name, net = "generator", Generator(3, 3, 2 ** n, downs, blocks, n, inner)
     else:
-        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released G, D or E; its first "
-                        f"key is {next(iter(stored), 'missing')}")
-    split = {key: key.rpartition(".") for key in stored}               # module, ".", tensor
+        name, net = "encoder", Encoder(3, 1, len(theirs) // 2 - 1)
+    # Ours, from the input to the output: the same order. Only convolutions hold weights.
+    ours = [key for key, module in net.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    names, split = dict(zip(theirs, ours)), {key: key.rpartition(".") for key in stored}
     return {name: {f"{names.get(module, module)}.{tensor}": stored[key]
                    for key, (module, _, tensor) in split.items()}}
 
 
-def ours(net: nn.Module) -> list[str]:
-    """The names of a network's convolutions, from its input to its output."""
-    return [name for name, module in net.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+def released_config(stored: dict, given: dict) -> dict:
+    """The settings that the authors' networks have, read off the shapes of their weights."""
+    # The width of the first layer tells G's, the number of layers the rest, and what the first
+    # layer reads besides the classes tells whether there are boundaries.
+    weights, encoder = stored.get("generator"), stored.get("encoder")
+    if weights is None:
+        raise UserError("no generator among these files; to test, give its file, too")
+    count = lambda start, end: sum(k.startswith(start) and k.endswith(end) for k in weights)
+    first, n = weights["globe.front.0.weight"], count("enhancers.", ".front.0.weight")
+    # "features" more channels come from E, if its file is there.
+    features = 0 if encoder is None else len(encoder["output.0.bias"])
+    classes = given.get("classes") or (
+        dataset(Config(**given), "test").classes if "data" in given else "cityscapes")
+    rest = first.shape[1] - features - class_table(classes).channels if classes else -1
+    if first.shape[1] - features != 3 and rest not in (0, 1):
+        raise UserError(f"takes {first.shape[1]} channels, the {classes} labels have "
+                        f"{class_table(classes).channels}; a boundary adds 1, an encoder (give its "
+                        "file, too) adds its features; --classes says otherwise")
+    return dict(
+        width=len(first), enhancers=n, features=features, classes=classes,
+        task="labels2photo" if rest in (0, 1) else "pairs", boundary=rest == 1,
+        downs=count("globe.back", "weight"), blocks=count("globe.residual", "branch.0.weight"),
+        enhancer_blocks=count("enhancers.0.residual", "branch.0.weight") or 3,
+        e_width=len(encoder["layers.0.bias"]) if features else 16,
+        pool="instance" if rest == 1 else "label", stage="joint" if n else "global")
 
 
 # ------------------------------------------------------------------------------- 5 Sampling
@@ -1341,23 +1042,13 @@ def translate(generator: nn.Module, s: Tensor) -> Tensor:
     image at a time: instance norm makes it independent of its neighbours anyway.
     """
     h, w = s.shape[-2:]
-    unit = generator.multiple
-    rows, columns = (reflect(side, max(-side % unit, 2 * unit - side)).to(s.device)
-                     for side in (h, w))
-    padded = s[..., rows, :][..., columns]
+    padded = common.mirror_pad(s, generator.multiple, 2 * generator.multiple)
     return torch.cat([generator(one[None]) for one in padded])[..., :h, :w]
 
 
-def reflect(n: int, more: int) -> Tensor:
-    """Indices 0 .. n-1 and `more` back and forth: F.pad reflects, but not by more than n - 1."""
-    i = torch.arange(n + more) % max(2 * n - 2, 1)
-    return torch.minimum(i, (2 * n - 2 - i).abs())
-
-
-def pair_of(item: dict, cfg: Config, device: torch.device) -> dict:
-    """One item of a dataset as a batch of one on the device, made a pair."""
-    batch = {k: v[None].to(device) if torch.is_tensor(v) else v for k, v in item.items()}
-    return make_pair(batch, cfg)
+def test_pair(item: dict, state: State, cfg: Config) -> dict:
+    """One item of a dataset as a batch of one where G is, made a pair."""
+    return make_pair(common.batch_of_one(item, next(state.generator.parameters()).device), cfg)
 
 
 def picture_of(pair: dict, cfg: Config) -> Tensor:
@@ -1368,39 +1059,41 @@ def picture_of(pair: dict, cfg: Config) -> Tensor:
     return torch.where(pair["input"][:, -1:] > 0, -1.0, colours) if cfg.boundary else colours
 
 
-def generate(state: State, s: Tensor, z: Tensor | None) -> Tensor:
-    """G(s, z), or G(s) without an encoder: (B, c, H, W), (B, C, H, W) -> (B, 3, H, W), any size."""
-    return translate(plain(state.generator), s if z is None else torch.cat([s, z], 1))
+def generate(state: State, s: Tensor, z: Tensor) -> Tensor:
+    """G(s, z): (B, c, H, W), (B, C, H, W) -> (B, 3, H, W), any size; C is 0 without an encoder."""
+    return translate(state.generator, torch.cat([s, z], 1))
 
 
 @torch.no_grad()
 def reconstruct(state: State, pair: dict, cfg: Config) -> Tensor:
     """G(s, E(x)): with the style of the photo itself, as in training. Without E, G(s)."""
-    z = None
+    z = pair["input"][:, :0]
     if state.encoder is not None:
-        z = encode_photo(state, pair["image"], pair["region"], cfg)
+        z = style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
     return generate(state, pair["input"], z)
 
 
-def encode_photo(state: State, x: Tensor, region: Tensor, cfg: Config) -> Tensor:
-    """z = E(x) per object as in training: (B, 3, H, W), (B, H, W) -> (B, C, H, W), any size."""
-    return style_of_photo(plain(state.encoder), x, region,
-                          cfg.stored_features and cfg.enhancers > 0)
-
-
-def sample_grid(state: State, cfg: Config, test_set: common.Dataset, device: torch.device) -> None:
-    """samples/<step>.png: input | output | truth of six test examples, evenly spread, two a row."""
-    tiles, n = [], min(6, len(test_set))
+def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
+    """Input | output | truth of six test examples, evenly spread, two a row."""
+    cfg, tiles, n = plan(cfg)[state.stage].cfg, [], min(6, len(test_set))
     for i in range(n):
-        pair = pair_of(test_set[i * len(test_set) // n], cfg, device)
+        pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
         if "image" in pair:
             values = [picture_of(pair, cfg), reconstruct(state, pair, cfg), pair["image"]]
         else:                                   # styles of a few photos, for this picture only
             brief = replace(state, styles={}, means={}), pair, replace(cfg, limit=20), cfg.seed
             values = [picture_of(pair, cfg), synthesise(*brief)]
         tiles += [value.cpu() for value in values]
-    path = Path(cfg.out) / "samples" / f"{state.step:07d}.png"
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
+
+
+def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
+    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
 
 
 # Styles (Sec. 3.4): what E says about every training object, clustered per class.
@@ -1424,39 +1117,6 @@ def objects_of(z: Tensor, label: Tensor, region: Tensor) -> list[tuple[int, int,
              z.flatten(1)[:, first[i]]) for i in range(len(ids))]
 
 
-def kmeans(points: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Tensor:
-    """K-means: points (n, C) -> centres (min(k, distinct points), C), the best of ten starts.
-
-    Starts are those of k-means++: each new centre is a point drawn with probability proportional to
-    its squared distance from the nearest centre so far.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    points, best = points.double().cpu(), (math.inf, None)
-    k = min(k, len(points.unique(dim=0)))
-
-    def distances(centres: Tensor) -> Tensor:   # (n, K), squared; torch.cdist would round
-        return (points[:, None] - centres).square().sum(2)
-
-    for _ in range(restarts):
-        centres = points[torch.randint(len(points), (1,), generator=generator)]
-        while len(centres) < k:
-            chance = distances(centres).amin(1)
-            new = torch.multinomial(chance / chance.max(), 1, generator=generator)
-            centres = torch.cat([centres, points[new]])
-        for _ in range(100):
-            owner = distances(centres).argmin(1)
-            sums = torch.zeros_like(centres).index_add_(0, owner, points)
-            sizes = torch.bincount(owner, minlength=k)[:, None]
-            moved = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-            if torch.equal(moved, centres):
-                break
-            centres = moved
-        inertia = distances(centres).amin(1).sum().item()
-        if inertia < best[0]:
-            best = (inertia, centres)
-    return best[1].float()
-
-
 @torch.no_grad()
 def encode(cfg: Config, state: State) -> None:
     """Fill state.styles and state.means: E over the training photos, K-means per class (Sec. 3.4).
@@ -1465,11 +1125,11 @@ def encode(cfg: Config, state: State) -> None:
     has seen too little of a small one. The means are over all objects; a class that has no object
     large enough falls back to its mean.
     """
-    device, found = next(plain(state.generator).parameters()).device, {}
-    train_set = dataset(replace(cfg, mirror=False, crop=(0, 0)), "train")
+    train_set = usable(dataset(cfg, "train", mirror=False, crop=(0, 0)).has("image"), cfg)
+    found = {}
     for i in tqdm(range(len(train_set)), desc="encode", unit="image", disable=None):
-        pair = pair_of(train_set[i], cfg, device)
-        z = encode_photo(state, pair["image"], pair["region"], cfg)
+        pair = test_pair(train_set[i], state, cfg)
+        z = style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
         for kind, _, share, value in objects_of(z[0], pair["label"][0], pair["region"][0]):
             found.setdefault(kind, []).append((share, value.cpu()))
     state.styles, state.means = {}, {}
@@ -1480,6 +1140,21 @@ def encode(cfg: Config, state: State) -> None:
             state.styles[kind] = kmeans(torch.stack(large), cfg.clusters, cfg.seed)
     names = class_table(cfg.classes).names + ("unknown",)
     print("styles: " + ", ".join(f"{names[k]} {len(v)}" for k, v in state.styles.items()))
+
+
+def finish(cfg: Config, state: State, folder: Path) -> Path:
+    """After training, E computes the styles of all objects once (Sec. 3.4); the run's folder."""
+    if state.encoder is not None and common.place()[0] == 0:
+        encode(cfg, state)
+        keep_styles(state, folder / "checkpoint.pt")
+    return folder
+
+
+def keep_styles(state: State, path: Path) -> None:
+    """The styles, into the checkpoint that the encoder is of."""
+    stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
+    common.save_file(stored | {"styles": state.styles, "means": state.means}, path)
+    print(f"{sum(map(len, state.styles.values()))} styles of {len(state.styles)} classes: {path}")
 
 
 def read_clusters(path: Path) -> dict[int, Tensor]:
@@ -1495,7 +1170,7 @@ def read_clusters(path: Path) -> dict[int, Tensor]:
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
             if (module, name) not in harmless:
-                raise UserError(f"{path}: asks for {module}.{name}; a clusters file holds arrays")
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}")
             return super().find_class(module, name)
 
     try:
@@ -1507,10 +1182,6 @@ def read_clusters(path: Path) -> dict[int, Tensor]:
         centres = content.item() if isinstance(content, np.ndarray) else content
         return {int(k): torch.from_numpy(np.atleast_2d(np.asarray(v, np.float32)))
                 for k, v in centres.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a clusters file (.npy)")
-    except UserError:
-        raise
     except Exception as error:                  # numpy and pickle errors share no narrower class
         raise UserError(f"{path}: not a clusters file ({type(error).__name__}: {error})")
 
@@ -1519,8 +1190,7 @@ def need_styles(state: State, cfg: Config) -> None:
     """Styles of an interrupted run are not in its checkpoint yet."""
     if not state.styles:
         if not cfg.data and cfg.classes != "streets":
-            raise UserError("styles are read off training photos: name them with --data, or one "
-                            "photo and its labels with --reference")
+            raise UserError("styles are read off training photos; name their folder with --data")
         notice("no styles in the checkpoint yet: encoding the training photos; the mode encode "
                "keeps them")
         encode(cfg, state)
@@ -1540,8 +1210,8 @@ def draw_styles(state: State, label: Tensor, region: Tensor, seed: int,
                 vary: tuple[int, ...] = ()) -> Tensor:
     """"We randomly pick one cluster center" per object (Sec. 3.4): label, region (1, H, W) -> z.
 
-    An object's draw hangs on (seed, id) alone, so it keeps its style when others change. With
-    `vary`, only objects of these classes follow the seed, and all others that of seed 0.
+    What an object draws depends on the seed and its id alone, so it keeps its style when others
+    change. With `vary`, only objects of these classes follow the seed; all others have seed 0.
     """
     label, region = label[0], region[0]
     objects = objects_of(label.new_zeros(1, *label.shape), label, region)
@@ -1556,32 +1226,14 @@ def draw_styles(state: State, label: Tensor, region: Tensor, seed: int,
     return z
 
 
-def styles_of_reference(state: State, reference: dict, label: Tensor, cfg: Config) -> Tensor:
-    """The style of another photo: each class gets its mean in the reference, where it occurs there.
-
-    reference: a pair with "image", "label", "region"; label (1, H, W) of the target -> (1, C, H, W)
-    """
-    z = encode_photo(state, reference["image"], reference["label"], cfg)[0]
-    out = torch.zeros(1, z.shape[0], *label.shape[1:], device=z.device)
-    for kind in label.unique().tolist():
-        there = reference["label"][0] == kind
-        if not there.any():
-            need_styles(state, cfg)
-        value = z[:, there][:, 0] if there.any() else centres_of(state, kind)[0].to(z.device)
-        out[0, :, label[0] == kind] = value[:, None]
-    return out
-
-
 @torch.no_grad()
-def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0, vary: tuple[int, ...] = (),
-               reference: dict | None = None) -> Tensor:
-    """The test-time image (1, 3, H, W): no photo is seen; styles are drawn, or a reference's."""
-    z = None
-    if state.encoder is not None and reference is None:
+def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0,
+               vary: tuple[int, ...] = ()) -> Tensor:
+    """The test-time image (1, 3, H, W): no photo is seen, styles are drawn."""
+    z = pair["input"][:, :0]                    # no numbers per object without an encoder
+    if state.encoder is not None:
         need_styles(state, cfg)
         z = draw_styles(state, pair["label"], pair["region"], seed, vary)
-    elif state.encoder is not None:
-        z = styles_of_reference(state, reference, pair["label"], cfg)
     return generate(state, pair["input"], z)
 
 
@@ -1593,6 +1245,35 @@ def class_id(name: str | int, table: common.ClassTable) -> int:
         return int(name)
     raise UserError(f"class {name}: choose a number below {table.channels}, or one of "
                     + ", ".join(table.names))
+
+
+def scenes(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:
+    """What to make images of: --input, at its own sizes or at `size`, or the test split."""
+    if not cfg.input:
+        return usable(dataset(cfg, "test"), cfg)
+    files = common.input_files(cfg.input, "A" if cfg.task == "pairs" else "label",
+                               cfg.instances if wants_instances(cfg) else cfg.instances or None)
+    return common.Dataset(files=files, classes=cfg.classes, size=size)
+
+
+def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
+    """Outputs for --input, a file or a folder of any sizes, or for the test split.
+
+    An output has the size of its input; `size` resizes the inputs first. Several samples differ by
+    the styles drawn for each object: of all, or of those whose class is named in --vary.
+    """
+    if state.encoder is None and (cfg.samples > 1 or cfg.vary):
+        raise UserError("this run has no encoder, so a label map has one image: no --samples and "
+                        "no --vary; train with --features 3 for more")
+    items, target = scenes(cfg, size), Path(cfg.output or Path(cfg.out, "test"))
+    vary = tuple(class_id(name, class_table(cfg.classes)) for name in cfg.vary)
+    name = common.output_names(items, cfg.input, target, cfg.samples)
+    for i in tqdm(range(len(items)), unit="image", disable=None):
+        pair = test_pair(items[i], state, cfg)
+        for k in range(cfg.samples):
+            save_images(synthesise(state, pair, cfg, cfg.seed + k, vary).cpu(), name(i, k))
+    print(f"{len(items) * cfg.samples} image(s): {target}")
+    return target
 
 
 class Editor:
@@ -1611,15 +1292,14 @@ class Editor:
             raise UserError("edit needs label maps; this run was trained on pairs of images")
         self.state, self.cfg, self.history = state, cfg, []
         self.table = class_table(cfg.classes)
-        self.device = next(plain(state.generator).parameters()).device
-        pair = pair_of(item, cfg, self.device)
+        pair = test_pair(item, state, cfg)
         self.label = pair["label"][0].clone()
         self.instance = pair.get("instance", pair["label"])[0].clone()
-        self.z = None
+        self.z = pair["input"][0, :0].clone()   # no numbers per object without an encoder
         if state.encoder is not None:           # the photo's own styles, or drawn ones
             need_styles(state, cfg)
             with torch.no_grad():
-                self.z = (encode_photo(state, pair["image"], pair["region"], cfg)
+                self.z = (style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
                           if "image" in pair else
                           draw_styles(state, pair["label"], pair["region"], seed))[0].clone()
             for _, number, _, value in self.objects():
@@ -1627,8 +1307,7 @@ class Editor:
 
     def objects(self) -> list[tuple[int, int, float, Tensor]]:
         """(class, id, share of the image, style) of every object, the largest first."""
-        z = self.label.new_zeros(1, *self.label.shape) if self.z is None else self.z
-        return sorted(objects_of(z, self.label, self.instance), key=lambda o: -o[2])
+        return sorted(objects_of(self.z, self.label, self.instance), key=lambda o: -o[2])
 
     def where(self, number: int) -> Tensor:
         """The pixels (H, W) of an object."""
@@ -1640,20 +1319,18 @@ class Editor:
 
     def keep(self) -> None:
         """Remember the scene as it is, for undo."""
-        self.history.append((self.label.clone(), self.instance.clone(),
-                             None if self.z is None else self.z.clone()))
+        self.history.append((self.label.clone(), self.instance.clone(), self.z.clone()))
 
     def assign(self, mask: Tensor, kind: int, number: int, value: Tensor | None = None) -> None:
         """Class, id and style of some pixels. Without a value: what the object `number` has, else
         what its class has in this scene, else the first style of the class."""
-        if self.z is not None:
-            if value is None:
-                for like in (self.instance == number, self.label == kind):
-                    rest = like & ~mask
-                    if value is None and rest.any():
-                        value = self.z[:, rest][:, 0]
-            if value is None:
-                value = centres_of(self.state, kind)[0].to(self.device)
+        for like in (self.instance == number, self.label == kind):
+            rest = like & ~mask
+            if value is None and rest.any():
+                value = self.z[:, rest][:, 0]
+        if value is None and len(self.z):
+            value = centres_of(self.state, kind)[0].to(self.z.device)
+        if len(self.z):
             self.z[:, mask] = value[:, None]
         self.label[mask], self.instance[mask] = kind, number
 
@@ -1689,7 +1366,7 @@ class Editor:
     def set_style(self, number: int, style: int) -> "Editor":
         """Give an object the style-th of the K modes of its class."""
         mask = self.where(number)
-        if self.z is None:
+        if not len(self.z):
             raise UserError("--style: this run has no encoder; train with --features 3")
         kind = int(self.label[mask].mode().values)
         centres = centres_of(self.state, kind)
@@ -1697,7 +1374,7 @@ class Editor:
             raise UserError(f"--style {number}={style}: {self.name(kind)} has styles 0 to "
                             f"{len(centres) - 1}")
         self.keep()
-        self.z[:, mask] = centres[style].to(self.device)[:, None]
+        self.z[:, mask] = centres[style].to(self.z.device)[:, None]
         return self
 
     def remove(self, number: int, name: str | int | None = None) -> "Editor":
@@ -1716,29 +1393,25 @@ class Editor:
             things &= int(hole.sum()) != left   # stuck between things only: then these must do
             left = int(hole.sum())
             for shift, axis in ((1, 1), (-1, 1), (-1, 0), (1, 0)):
-                source = (hole | things).roll(shift, axis)
-                ends = [slice(None)] * 2        # roll wraps round: the first line has no neighbour
-                ends[axis] = 0 if shift == 1 else -1
-                source[tuple(ends)] = True
+                source = (hole | things).roll(shift, axis)     # roll wraps round: the first line
+                source.select(axis, 0 if shift == 1 else -1).fill_(True)    # has no neighbour
                 take = hole & ~source
-                for plane in (self.label, self.instance, *([] if self.z is None else self.z)):
+                for plane in (self.label, self.instance, *self.z):
                     plane[take] = plane.roll(shift, axis)[take]
                 hole &= ~take
         return self
 
     def paste(self, number: int, down: int, right: int) -> "Editor":
         """Add a copy of an object, so many pixels away; what falls outside the image is cut."""
-        mask = self.where(number)
-        rows, columns = mask.nonzero(as_tuple=True)
-        rows, columns = rows + down, columns + right
-        inside = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
-        if not inside.any():
-            raise UserError(f"--paste {number}@{down},{right}: lies outside the image")
+        mask, (h, w) = self.where(number), self.label.shape
         target = torch.zeros_like(mask)
-        target[rows[inside], columns[inside]] = True
+        if abs(down) < h and abs(right) < w:    # a negative margin cuts, a positive one fills
+            target = F.pad(mask, (right, -right, down, -down))
+        if not target.any():
+            raise UserError(f"--paste {number}@{down},{right}: lies outside the image")
         kind = int(self.label[mask].mode().values)
         self.keep()
-        value = None if self.z is None else self.z[:, mask][:, 0].clone()
+        value = self.z[:, mask][:, 0].clone()
         number = self.free_id(kind) if self.countable(kind) else number
         self.assign(target, kind, number, value)
         return self
@@ -1762,12 +1435,6 @@ class Editor:
         self.label, self.instance, self.z = self.history.pop()
         return self
 
-    def reset(self) -> "Editor":
-        """The scene as it was at first."""
-        while self.history:
-            self.undo()
-        return self
-
     def name(self, kind: int) -> str:
         return (*self.table.names, "unknown")[kind]
 
@@ -1777,163 +1444,50 @@ class Editor:
 
     def render(self) -> Tensor:
         """The image (3, H, W) in [-1, 1] of the scene as it is now."""
-        z = None if self.z is None else self.z[None]
-        return generate(self.state, self.pair()["input"], z)[0].cpu()
+        return generate(self.state, self.pair()["input"], self.z[None])[0].cpu()
 
     def picture(self) -> Tensor:
         """The label map (3, H, W) in [-1, 1], with the borders of objects in black."""
         return picture_of(self.pair(), self.cfg)[0].cpu()
 
 
-def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
-    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid = make_grid(images, nrow, padding=2 if len(images) > 1 else 0, pad_value=1)
-        save_image((grid + 1) / 2, path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
-
-
-def read_input(path: Path, cfg: Config, instances: str = "") -> dict:
-    """A user's file as an item: a label map, and its instance map if G wants one; or a picture."""
-    if cfg.task == "pairs":
-        return {"input": common.read_image(path).float() / 127.5 - 1, "name": path.stem}
-    item = {"label": common.read_label(path, class_table(cfg.classes)), "name": path.stem}
-    if instances or cfg.boundary or cfg.features and cfg.pool == "instance":
-        if not instances:
-            raise UserError(f"{path}: this run was trained with instance maps; name the file or "
-                            "the folder that holds them with --instances")
-        there = Path(instances)
-        where = there if there.is_file() else there / path.name
-        if not where.exists():                  # Cityscapes
-            where = there / path.name.replace("labelIds", "instanceIds")
-        if where.resolve() == path.resolve():
-            notice(f"{path}: ids of classes serve as ids of objects")
-        item["instance"] = common.read_instance(where)
-        if item["instance"].shape != item["label"].shape:
-            raise UserError(f"{where}: {tuple(item['instance'].shape)} pixels, but {path} has "
-                            f"{tuple(item['label'].shape)}")
-    return item
-
-
-def resize_item(item: dict, size: tuple[int, int]) -> dict:
-    """Labels and instances by nearest neighbour, pictures by antialiased bicubic."""
-    out = dict(item)
-    for k in {"input", "image"} & item.keys():
-        picture = F.interpolate(item[k][None], size, mode="bicubic", antialias=True)
-        out[k] = picture[0].clamp(-1, 1)
-    for k in {"label", "instance"} & item.keys():
-        ids = F.interpolate(item[k][None, None].double(), size, mode="nearest-exact")
-        out[k] = ids[0, 0].long()
-    return out
-
-
-def read_reference(paths: tuple[str, ...], cfg: Config, device: torch.device) -> dict:
-    """--reference PHOTO LABEL as a pair whose styles others can take."""
-    photo, label = (Path(path) for path in paths)
-    item = {"image": common.read_image(photo).float() / 127.5 - 1, "name": photo.stem,
-            "label": common.read_label(label, class_table(cfg.classes))}
-    if item["label"].shape != item["image"].shape[1:]:
-        raise UserError(f"{label}: {tuple(item['label'].shape)} pixels, but {photo} has "
-                        f"{tuple(item['image'].shape[1:])}")
-    return {k: v[None].to(device) if torch.is_tensor(v) else v for k, v in item.items()}
-
-
-def sample(cfg: Config, state: State, source: str = "", output: str = "", samples: int = 1,
-           size: tuple[int, int] | None = None, instances: str = "", vary: tuple[str, ...] = (),
-           reference: tuple[str, ...] = ()) -> Path:
-    """Outputs for a file or a folder of any sizes, or for the test split; returns where they are.
-
-    An output has the size of its input; `size` resizes the inputs first. Several samples differ by
-    the styles drawn for each object: of all, or of those whose class is named in `vary`.
-    """
-    device = next(plain(state.generator).parameters()).device
-    if samples < 1:
-        raise UserError(f"--samples {samples}: must be 1 or more")
-    if state.encoder is None and (samples > 1 or vary or reference):
-        raise UserError("this run has no encoder, so a label map has one image: no --samples, "
-                        "--vary or --reference; train with --features 3 for more")
-    root, target = Path(source), Path(output) if output else Path(cfg.out or ".") / "test"
-    if source:
-        files = sorted(p for p in root.iterdir() if p.suffix.lower() in common.SUFFIXES) \
-            if root.is_dir() else [root]
-        if not files:
-            raise UserError(f"--input {source}: a folder without images")
-        if len({path.stem for path in files}) < len(files):
-            raise UserError(f"--input {source}: several files of one name; outputs are named by it")
-        items = (read_input(path, cfg, instances) for path in files)
-        items = (resize_item(item, size) if size else item for item in items)
-    else:
-        files = dataset(cfg, "test")
-        items = (files[i] for i in range(len(files)))
-    to_file = root.is_file() and samples == 1 and target.suffix and not target.is_dir()
-    if not to_file and target.suffix.lower() in common.SUFFIXES:
-        raise UserError(f"--output {output}: one file for several images; name a folder")
-    kinds = tuple(class_id(name, class_table(cfg.classes)) for name in vary)
-    model = read_reference(reference, cfg, device) if reference else None
-    for item in tqdm(items, total=len(files), unit="image", disable=None):
-        pair = pair_of(item, cfg, device)
-        for k in range(samples):
-            x_hat = synthesise(state, pair, cfg, cfg.seed + k, kinds, model)
-            number = f"_{k + 1}" if samples > 1 else ""
-            path = target if to_file else target / f"{item['name']}{number}.png"
-            if source and any(path.resolve() == file.resolve() for file in files):
-                raise UserError(f"--output {output}: would overwrite the input {path}")
-            save_images(x_hat.cpu(), path)
-    print(f"{len(files) * samples} image(s): {target}")
-    return target
-
-
-def edit(cfg: Config, state: State, edits: list[tuple[str, str]], item: dict, output: str = "",
-         ) -> Path:
+def edit(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """The mode edit: the changes in their order, a picture of before and after, the objects."""
+    items = scenes(cfg, size)
+    if cfg.item and cfg.item not in items.names:
+        raise UserError(f"--item {cfg.item}: not in the test split, which has "
+                        + ", ".join(items.names[:5]) + ", ...")
+    item = items[items.names.index(cfg.item) if cfg.item else 0]
     editor = Editor(state, cfg, item, cfg.seed)
     before = [editor.picture(), editor.render()]
-    for kind, text in edits:
-        apply_edit(editor, kind, text)
+    for text in cfg.edits:
+        apply_edit(editor, text)
     print(f"{item['name']}\n{'object':>10}  {'class':16}{'share':>8}  styles")
     for c, number, share, _ in editor.objects():
-        n = len(state.styles.get(c, ())) if editor.z is not None else 0
+        n = len(state.styles.get(c, ())) if len(editor.z) else 0
         print(f"{number:>10}  {editor.name(c):16}{100 * share:7.2f}%  "
               + (f"0..{n - 1}" if n else "none"))
-    path = Path(output)
-    if not output:                              # the next free edits/N.png
-        n = 1
-        while (path := Path(cfg.out or ".") / "edits" / f"{n}.png").exists():
-            n += 1
-    elif path.exists():
-        raise UserError(f"--output {path}: exists already; name another file")
+    free = (Path(cfg.out, "edits", f"{n}.png") for n in itertools.count(1))
+    path = Path(cfg.output) if cfg.output else next(path for path in free if not path.exists())
+    read_from = {file.parent.resolve() for files in items.files if isinstance(files, dict)
+                 for file in files.values()}
+    if path.exists() or path.parent.resolve() in read_from:
+        raise UserError(f"--output {path}: exists already, or would join what is read there; name "
+                        "another file")
     save_images(torch.stack([*before, editor.picture(), editor.render()]), path, nrow=2)
     print(f"before, and below it after: {path}")
     return path
 
 
-EDIT_FORMS = {"set": "ID=CLASS", "style": "ID=K", "remove": "ID or ID=CLASS",
-              "paste": "ID@DOWN,RIGHT", "paint": "TOP,LEFT,BOTTOM,RIGHT=CLASS", "undo": ""}
-
-
-def apply_edit(editor: Editor, kind: str, text: str) -> None:
-    """One change as the command line spells it: ("set", "26001=building"), ("undo", ""), ..."""
-    left, _, right = text.partition("@" if kind == "paste" else "=")
-    try:
-        numbers = [int(n) for n in left.split(",")] if left else []
-        if kind == "set" and right:
-            editor.set_class(*numbers, right)
-        elif kind == "style":
-            editor.set_style(*numbers, int(right))
-        elif kind == "remove" and numbers:
-            editor.remove(*numbers, right or None)
-        elif kind == "paste":
-            editor.paste(*numbers, *(int(n) for n in right.split(",")))
-        elif kind == "paint" and right:
-            editor.paint(*numbers, right)
-        elif kind == "undo":
-            editor.undo()
-        else:
-            raise ValueError
-    except (ValueError, TypeError):             # no number, or too many of them
-        raise UserError(f"--{kind} {text}: expected {EDIT_FORMS[kind]}")
+def apply_edit(editor: Editor, text: str) -> None:
+    """One change: "set 26001=building", "style 26001=3", "undo", ..."""
+    kind, _, what = text.partition(" ")
+    form, pattern = EDITS[kind]
+    parts = re.fullmatch(pattern, what)
+    if parts is None:
+        raise UserError(f"--{kind} {what}: expected {form}")
+    method = getattr(editor, {"set": "set_class", "style": "set_style"}.get(kind, kind))
+    method(*(int(p) if re.fullmatch(r"-?\d+", p or "") else p for p in parts.groups()))
 
 
 # ----------------------------------------------------------------------------- 6 Evaluation
@@ -1947,33 +1501,6 @@ SLIDES_SCALES = {1: (82.87, .5775), 3: (83.78, .6389)}
 PREFERENCE = {"GAN": 68.55, "GAN+FM": 58.90}    # Sec. 4.2: so many percent prefer the full loss
 
 
-def scorer_for(cfg: Config, device: torch.device) -> common.FCN8s:
-    """The FCN-8s of this dataset, trained once and kept beside the runs."""
-    name = Path(cfg.data).resolve().name if cfg.data else "streets"
-    path = Path(cfg.out or ".").parent / f"fcn8s-{name}-{cfg.size[0]}x{cfg.size[1]}.pt"
-    photos = dataset(replace(cfg, limit=0, crop=(0, 0)), "train")
-    return common.fcn_scorer(photos, path, device, cfg.vgg, cfg.scorer_width, cfg.scorer_steps)
-
-
-def touching(label: Tensor, instance: Tensor) -> Tensor:
-    """Where two objects of one class touch, (B, H, W) bool: borders that the labels do not show."""
-    same = torch.zeros_like(label, dtype=torch.bool)
-    for axis in (1, 2):
-        n = label.shape[axis] - 1
-        here, there = ((t.narrow(axis, 0, n), t.narrow(axis, 1, n)) for t in (label, instance))
-        hidden = (here[0] == here[1]) & (there[0] != there[1])
-        same.narrow(axis, 0, n).logical_or_(hidden)
-        same.narrow(axis, 1, n).logical_or_(hidden)
-    return same
-
-
-def border_contrast(image: Tensor, mask: Tensor) -> Tensor:
-    """Fig. 4 as a number: how much grey changes over 3 x 3 pixels, at the pixels of mask."""
-    grey = image.mean(1, keepdim=True)
-    spread = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)      # maximum - minimum
-    return spread[:, 0][mask]
-
-
 @torch.no_grad()
 def evaluate(cfg: Config, state: State) -> dict:
     """The paper's metrics on the test split, beside its tables; writes metrics.json.
@@ -1981,31 +1508,24 @@ def evaluate(cfg: Config, state: State) -> dict:
     Table 1: a network trained on real photos labels the generated ones; its score on the real test
     photos, the oracle, says how well that can be done at all. Styles are drawn, not encoded.
     """
-    device, out = next(plain(state.generator).parameters()).device, Path(cfg.out or ".")
-    test_set = dataset(cfg, "test")
     if cfg.task == "pairs":
         raise UserError("evaluate scores images by their label maps; this run's inputs are "
                         "pictures; use sample")
-    if "image" not in test_set.roles:
-        raise UserError(f"--data {cfg.data}: its test split has no photos, so there is no truth to "
-                        "compare with; use sample")
-    table, scorer = class_table(cfg.classes), scorer_for(cfg, device)
-    confusion, contrast, l1 = {}, {}, []
+    device, out = next(state.generator.parameters()).device, Path(cfg.out)
+    test_set = usable(dataset(cfg, "test"), cfg).has("image")
+    photos = dataset(cfg, "train", limit=0, crop=(0, 0))
+    table, scorer = class_table(cfg.classes), common.fcn_scorer(
+        photos, out.parent, device, cfg.vgg, cfg.scorer_width, cfg.scorer_steps)
+    confusion, l1 = {}, []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
-        pair = pair_of(test_set[i], cfg, device)
+        pair = test_pair(test_set[i], state, cfg)
         x_hat = synthesise(state, pair, cfg, cfg.seed)
         l1.append((x_hat - pair["image"]).abs().mean().item())
         for row, view in {"output": x_hat, "truth": pair["image"]}.items():
             counts = common.confusion_matrix(scorer(view).argmax(1), pair["label"], table).cpu()
             confusion[row] = confusion.get(row, 0) + counts
-            if "instance" in pair:
-                mask = touching(pair["label"], pair["instance"])
-                contrast.setdefault(row, []).append(border_contrast(view, mask).cpu())
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1)}
     metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
-    for row, values in contrast.items():
-        if len(torch.cat(values)):              # some objects of one class touch
-            metrics[row]["border contrast"] = torch.cat(values).mean().item()
     report(metrics, cfg)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
@@ -2014,379 +1534,448 @@ def evaluate(cfg: Config, state: State) -> dict:
 
 def report(metrics: dict, cfg: Config) -> None:
     """The metrics as text beside the paper's. Its data and scorer are others: compare orderings."""
-    def line(name: str, accuracy: float, iou: float, contrast: float = math.nan) -> None:
-        print(f"  {name:48}{accuracy:8.2f}{iou:10.4f}"
-              + (f"{contrast:10.3f}" if math.isfinite(contrast) else ""))
-
+    here = {"this run": metrics["output"], "real photos (oracle)": metrics["truth"]}
+    lines = {f"{name}: {cfg.generator}, {cfg.loss}, {cfg.scales} scale(s)" if name == "this run"
+             else name: (100 * scores["per-pixel acc"], scores["class IOU"])
+             for name, scores in here.items()}
+    lines |= {f"paper, Cityscapes, Table 1, {name}": v for name, v in TABLE_1.items()}
+    lines |= {f"paper, slides, generator {name}": v for name, v in SLIDES_GENERATORS.items()}
+    lines |= {f"paper, slides, {n} scale(s) of D": v for n, v in SLIDES_SCALES.items()}
     print(f"\n{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1] "
           "(nothing here minimises it)")
-    print(f"\n{'Table 1, by our own scorer':46}{'pixel acc':>12}{'mean IoU':>10}   contrast where"
-          "\n" + " " * 71 + "objects of one class touch")
-    for row, name in (("output", f"this run: {cfg.generator}, {cfg.loss}, {cfg.scales} scale(s)"),
-                      ("truth", "real photos (oracle)")):
-        scores = metrics[row]
-        line(name, 100 * scores["per-pixel acc"], scores["class IOU"],
-             scores.get("border contrast", math.nan))
-    print("  the paper's, on Cityscapes:")
-    for name, values in TABLE_1.items():
-        line(f"Table 1, {name}", *values)
-    for name, values in SLIDES_GENERATORS.items():
-        line(f"slides, generator {name}", *values)
-    for n, values in SLIDES_SCALES.items():
-        line(f"slides, {n} scale(s) of D", *values)
+    print(f"\n{'Table 1; this run by our own scorer':50}{'pixel acc':>10}{'mean IoU':>10}")
+    for name, (accuracy, iou) in lines.items():
+        print(f"  {name:48}{accuracy:10.2f}{iou:10.4f}")
     for loss, percent in PREFERENCE.items():
         print(f"  people, full loss against {loss}: {percent} % prefer the full loss")
 
 
-# --------------------------------------------------------------------------- 7 Command line
+# ----------------------------------------------------------------------------- 7 Machinery
+# What trains any network. Nothing below is the paper's, and from pick_device on it is word for word
+# the same in the four scripts.
 
-def trace(cfg: Config) -> None:
-    """One forward and one training step: shapes, parameters; then FLOPs, fields and memory."""
-    device = pick_device(cfg)
-    cfg, _, _ = open_data(replace(cfg, compile=False))
-    announce(plan(cfg))
-    cfg = plan(cfg)[-1].cfg
-    state = build(cfg, device)
-    train_set = dataset(cfg, "train")
-    batch = to_pair(default_collate([train_set[i] for i in range(cfg.batch_size)]), cfg, device)
-    s, x = batch["input"], batch["image"]
-    print(f"{device}; input {tuple(s.shape)}, image {tuple(x.shape)}")
-    wide = torch.cat([s, s.new_zeros(len(s), cfg.features, *s.shape[2:])], 1)
-    for title, net, inputs in (("generator", state.generator, (wide,)),
-                               ("discriminator", state.discriminator, (s, x)),
-                               ("encoder", state.encoder, (x,))):
-        if net is None:
-            continue
-        print(f"\n{title:34}{'output':>20}{'parameters':>14}")
-        hooks = [module.register_forward_hook(
-            lambda module, _, y, name=name: print(f"  {name:32}{str(tuple(y.shape)):>20}"
-                f"{sum(p.numel() for p in module.parameters()):14,}"))
-            for name, module in net.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "branch" not in name
-            or isinstance(module, ResidualBlock)]
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            net(*inputs)
-        for hook in hooks:
-            hook.remove()
-        print(f"  {'in all':52}{sum(p.numel() for p in net.parameters()):14,}   "
-              f"{flops.get_total_flops() / 1e9:.2f} GFLOP forward")
-    with FlopCounterMode(display=False) as flops:
-        train_step(state, batch, cfg)
-    clock = time.time()
-    losses = ", ".join(f"{k} {v.item():.4f}" for k, v in train_step(state, batch, cfg).items())
-    print(f"\none training step: {flops.get_total_flops() / 1e9:.1f} GFLOP, "
-          f"{time.time() - clock:.3f} s, {peak_memory(device):.2f} GiB at most; {losses}")
-    fields = ", ".join(f"{receptive_field(k)}" for k in range(cfg.scales))
-    print(f"receptive fields of D's scales: {fields} pixels, asked of the gradient")
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has used so far, GiB: the GPU's, or the computer's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                         # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
-def receptive_field(scale: int) -> int:
-    """The side of the square of input pixels that one unit of D_(scale + 1) depends on."""
-    net = MultiScaleDiscriminator(4, 1, scale + 1)
-    for layer in (layer for d in net.scales for layer in d.layers):
-        for i, module in enumerate(layer):      # a normalisation would couple all pixels
-            if isinstance(module, nn.GroupNorm):
-                layer[i] = nn.Identity()
-    n = 160 * 2 ** scale
-    x = torch.zeros(1, 3, n, n, requires_grad=True)
-    verdicts = net(torch.zeros(1, 1, n, n), x)[scale][-1]
-    verdicts[0, 0, verdicts.shape[2] // 2, verdicts.shape[3] // 2].backward()
-    rows = x.grad[0].abs().sum((0, 2)).nonzero()
-    return int(rows.max() - rows.min() + 1)
-
-
-class Edit(argparse.Action):
-    """Collects --set, --style, ... in one list, in the order of the command line."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        edits = getattr(namespace, "edits", [])
-        namespace.edits = [*edits, (option_string.removeprefix("--"), values or "")]
-
-
-def refuse(text: str) -> None:
-    """In place of argparse's own way, which prints a screen of usage before the one line."""
-    raise UserError(f"{text}; --help lists all flags")
-
-
-def parser() -> argparse.ArgumentParser:
-    """A flag per field of Config, and a few for the call; only those given are in the result."""
-    p = argparse.ArgumentParser(
-        f"{NAME}.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    p.error = refuse
-    add = p.add_argument
-    add("mode", nargs="?", default="train", help="what to do (train)",
-        choices=("train", "sample", "edit", "encode", "evaluate", "check", "trace"))
-    add("--data", metavar="DIR", help="a dataset in any known layout (the built-in streets)")
-    add("--preset", choices=PRESETS, help="a released script's settings (toy with the streets)")
-    add("--task", choices=CHOICES["task"], help="what is made from what (labels2photo)")
-    add("--direction", choices=("AtoB", "BtoA"), help="of pairs, which half is the input (AtoB)")
-    add("--classes", metavar="N|NAME", help="a number, or a table of common.py (the data's)")
-    add("--no-boundary", dest="boundary", action="store_false", help="labels only (Sec. 3.3)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels, at the end (1024 2048)")
-    add("--crop", type=int, nargs=2, metavar=("H", "W"), help="windows for the enhancers (0: none)")
-    add("--no-mirror", dest="mirror", action="store_false", help="no random flips")
-    add("--limit", type=int, metavar="N", help="use the first N examples (0: all)")
-    add("--generator", choices=CHOICES["generator"], help="the slides' table (coarse-to-fine)")
-    add("--enhancers", type=int, metavar="N", help="0: G1; 1: and G2; 2: and G3 (1)")
-    add("--width", type=int, metavar="N", help="channels after G1's first layer (64)")
-    add("--downs", type=int, metavar="N", help="halvings in G1 (4)")
-    add("--blocks", type=int, metavar="N", help="residual blocks in G1 (9)")
-    add("--enhancer-blocks", type=int, metavar="N", help="residual blocks in an enhancer (3)")
-    add("--scales", type=int, metavar="N", help="discriminators at the full size; Eq. (2) (3)")
-    add("--d-width", type=int, metavar="N", help="channels after D's first layer (64)")
-    add("--features", type=int, metavar="N", help="numbers per object; 3 in Sec. 4 (0: no E)")
-    add("--e-width", type=int, metavar="N", help="channels after E's first layer (16)")
-    add("--pool", choices=CHOICES["pool"], help="over what E's map is averaged (instance)")
-    add("--loss", choices=CHOICES["loss"], help="Sec. 4.2 (GAN+FM+VGG)")
-    add("--gan", choices=CHOICES["gan"], help="least squares, or Eq. (1) as written (lsgan)")
-    add("--lambda-fm", type=float, metavar="X", help="lambda in Eq. (4) (10)")
-    add("--lambda-vgg", type=float, metavar="X", help="weight of the perceptual loss (10)")
-    add("--smooth", action=argparse.BooleanOptionalAction, help="average away dots in G; ours")
-    add("--fm-mean", action="store_true", help="average Eq. (3) over the scales; released code")
-    add("--vgg", metavar="WEIGHTS", help="VGG's weights: imagenet, random or a file (imagenet)")
-    add("--vgg-normalise", action="store_true", help="ImageNet's mean and deviation before VGG")
-    add("--stage", choices=CHOICES["stage"], help="train one stage alone, from --init (all)")
-    add("--epochs", type=int, metavar="N", help="passes that train G1 (the preset's)")
-    add("--fine-epochs", type=int, metavar="N", help="passes of each enhancer (the preset's)")
-    add("--enhancer-epochs", type=int, metavar="N", help="of these, with the rest frozen (10)")
-    add("--steps", type=int, metavar="N", help="end after so many updates (0: epochs decide)")
-    add("--batch-size", type=int, metavar="N", help="images per step and process (1)")
-    add("--lr", type=float, metavar="X", help="Adam's learning rate (0.0002)")
-    add("--betas", type=float, nargs=2, metavar="B", help="Adam's momentum parameters (0.5 0.999)")
-    add("--seed", type=int, metavar="N", help="of initialisation, order, flips and styles (0)")
-    add("--init", nargs="+", metavar="FILE", help="start from these weights, ours or the authors'")
-    add("--resume", action="store_true", help="continue the run in --out, or the newest, exactly")
-    add("--save-every", type=int, metavar="N", help="steps between checkpoints (0: an epoch)")
-    add("--stored-features", action="store_true", help="E rests in fine stages; released code")
-    add("--clusters", type=int, metavar="N", help="styles per class, K of K-means (10)")
-    add("--min-area", type=float, metavar="X", help="share of the image to be clustered (1/64)")
-    add("--checkpoint", nargs="+", metavar="FILE", help="to test with (the newest run's)")
-    add("--clusters-file", metavar="FILE", help="encode: take the authors' clusters (none)")
-    add("--input", metavar="PATH", help="sample, edit: a file or folder, any size (the test split)")
-    add("--instances", metavar="PATH", help="sample, edit: the instance maps of --input")
-    add("--output", metavar="PATH", help="sample, edit: a file or a folder (in the run's folder)")
-    add("--samples", type=int, metavar="N", help="sample: outputs per input (1)")
-    add("--vary", nargs="+", metavar="CLASS", help="sample: draw new styles for these only (all)")
-    add("--reference", nargs=2, metavar=("PHOTO", "LABEL"), help="sample: the style of a photo")
-    add("--item", metavar="NAME", help="edit: an example of the test split (the first)")
-    for name, form in EDIT_FORMS.items():
-        add(f"--{name}", dest="edits", action=Edit, metavar=form or None, nargs=None if form else 0,
-            help={"set": "edit: give an object another class", "style": "edit: another style",
-                  "remove": "edit: take it out; a class or its surroundings fill the hole",
-                  "paste": "edit: add a copy, so many pixels away",
-                  "paint": "edit: fill a rectangle with a class",
-                  "undo": "edit: take back the change before"}[name])
-    add("--scorer-width", type=int, metavar="N", help="FCN-8s scorer: 64 is VGG-16 (64)")
-    add("--scorer-steps", type=int, metavar="N", help="FCN-8s scorer: batches of four (2000)")
-    add("--gpu", type=int, metavar="N", help="CUDA device, -1 the CPU (the first GPU if any)")
-    add("--workers", type=int, metavar="N", help="processes that load data (4 with a GPU, else 0)")
-    add("--precision", choices=CHOICES["precision"], help="bf16: autocast the networks (fp32)")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory order (with a GPU)")
-    add("--out", metavar="DIR", help="the run's folder (the next free runs/pix2pixhd-N)")
-    return p
-
-
-EXAMPLES = """examples:
-  python pix2pixhd.py                                   train on the built-in streets
-  python pix2pixhd.py sample --samples 4 --vary car     four times other cars
-  python pix2pixhd.py edit                              list the objects of the first test scene"""
-# Flags of the one call, by the modes that read them; all others are fields of Config.
-CALL = {"preset": ("train", "check", "trace", "sample", "evaluate"), "resume": ("train",),
+NAME = "pix2pixhd"
+# In State; the first is what testing needs, the first three are networks.
+NETWORKS = ("generator", "discriminator", "encoder", "styles", "means")
+MODES = ("train", "sample", "edit", "encode", "evaluate", "check", "trace")
+CALL = {"preset": ("train", "check", "trace"), "resume": ("train",),
         "checkpoint": ("sample", "evaluate", "edit", "encode"), "input": ("sample", "edit"),
         "instances": ("sample", "edit"), "output": ("sample", "edit"), "samples": ("sample",),
-        "vary": ("sample",), "reference": ("sample",), "item": ("edit",), "edits": ("edit",),
+        "vary": ("sample",), "item": ("edit",), "edits": ("edit",),
         "clusters_file": ("encode",)}
 # What may differ from the checkpoint when a run goes on, and when it is tested.
 FREE = {"data", "epochs", "fine_epochs", "steps", "save_every", "gpu", "workers", "precision",
-        "compile", "channels_last", "out"}
+        "compile", "channels_last", "out", *CALL} - {"preset"}
 FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "clusters", "min_area", "scorer_width",
                        "scorer_steps"}
+NEEDED = {"labels2photo": "label", "pairs": "A"}     # task: kind of file
+# Settings of a network that is tested, not trained: no perceptual loss, hence no VGG-19.
+ALONE = {"compile": False, "loss": "GAN"}
 
 
-def load_for_test(mode: str, given: dict, call: dict) -> tuple[Config, State]:
-    """Networks and config of --checkpoint or the newest run. A released G tells its own shape."""
-    paths = [Path(p) for p in call.get("checkpoint", ())] or [
-        (Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"]
-    contents = [read_checkpoint(path) for path in paths]       # once: at full size they are large
-    stored, named = contents[0], [our_names(*both) for both in zip(contents, paths)]
-    if "released" in stored:
-        cfg = released_config(paths[0], named, given, call)
-    elif "preset" in call:
-        raise UserError(f"--preset {call['preset']}: {paths[0]} knows its settings; leave the flag "
-                        "out")
-    else:
-        cfg = stored_config(stored, paths[0], given, FREE_AT_TEST)
-        cfg = replace(plan(cfg)[stored["stage"]].cfg, out=given.get("out", str(paths[0].parent)),
-                      crop=(0, 0))
-        cfg = replace(cfg, **{k: given[k] for k in ("size",) if k in given})
-    check_config(cfg)
-    vgg = {"loss": "GAN+FM"} if "VGG" in cfg.loss else {}          # testing needs no VGG-19
-    state = build(replace(cfg, compile=False, init=(), **vgg), pick_device(cfg))
-    for path, weights in zip(paths, named):
-        fill(state, weights, path)
-    for name in {"styles", "means"} & stored.keys():
-        setattr(state, name, stored[name])
-    if state.encoder is not None and "config" in stored and mode != "encode" and (
-            "reference" not in call):           # with as many photos as the run had
-        need_styles(state, replace(cfg, limit=stored["config"]["limit"]))
-    return cfg, state
+def wants_instances(cfg: Config) -> bool:
+    return cfg.boundary or cfg.features > 0 and cfg.pool == "instance"
 
 
-def released_config(path: Path, named: list[dict], given: dict, call: dict) -> Config:
-    """The shape of the authors' networks from their weights, the classes from the data."""
-    both = {name: weights for one in named for name, weights in one.items()}
-    if "generator" not in both:
-        raise UserError(f"{path}: no generator; to test, give its file, too")
-    if not {"input", "data"} & set(given | call):
-        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
-    weights, n = both["generator"], sum(
-        k.endswith(".front.0.weight") for k in both["generator"]) - 1
-    first = weights["globe.front.0.weight"]
-    features = 0
-    if "encoder" in both:
-        features = both["encoder"]["output.0.weight"].shape[0]
-    classes = given.get("classes") or (dataset(replace(Config(), **given), "test").classes
-                                       if "data" in given else "cityscapes")
-    rest = first.shape[1] - features - class_table(classes).channels if classes else -1
-    if first.shape[1] - features != 3 and rest not in (0, 1):
-        raise UserError(f"{path}: takes {first.shape[1]} channels, the {classes} labels have "
-                        f"{class_table(classes).channels}; a boundary adds 1, an encoder (give its "
-                        "file, too) adds its features; --classes says otherwise")
-    shape = dict(
-        width=first.shape[0], enhancers=n, features=features, classes=classes,
-        task="labels2photo" if rest in (0, 1) else "pairs", boundary=rest == 1,
-        downs=sum(k.startswith("globe.back") and k.endswith("weight") for k in weights),
-        blocks=sum(k.startswith("globe.residual") and k.endswith("branch.0.weight")
-                   for k in weights), e_width=len(both["encoder"]["layers.0.bias"]) if features
-        else 16, enhancer_blocks=sum(k.startswith("enhancers.0.residual") and
-                                     k.endswith("branch.0.weight") for k in weights) or 3,
-        pool="instance" if rest == 1 else "label", loss="GAN+FM", out="runs/released", stage="joint"
-        if n else "global")
-    return replace(Config(**shape), **PRESETS.get(call.get("preset"), {}) | given)
+def usable(examples: common.Dataset, cfg: Config) -> common.Dataset:
+    """A dataset itself, if it has what the networks read."""
+    if wants_instances(cfg) and "instance" not in examples.has(NEEDED[cfg.task]).roles:
+        raise UserError(f"--data {cfg.data}: instance maps are needed, but its {examples.split} "
+                        "split has none; train with --no-boundary (and --pool label) without them")
+    return examples.has(NEEDED[cfg.task])
+
+
+def dataset(cfg: Config, split: str, **more) -> common.Dataset:
+    train = split == "train"
+    return common.Dataset(**dict(
+        data=cfg.data, split=split, size=cfg.size, crop=cfg.crop if train else (0, 0),
+        mirror=train and cfg.mirror, classes=cfg.classes, direction=cfg.direction, limit=cfg.limit,
+        seed=cfg.seed, instances=cfg.boundary or cfg.pool == "instance") | more)
+
+
+def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
+    """Both splits, and the config with what the data turned out to be: classes, boundary, pool."""
+    (h, w), n = cfg.size, cfg.enhancers
+    if not cfg.data and min(h, w) >> n < 32:
+        raise UserError(f"--size {h} {w}: the first stage would see {h >> n} x {w >> n} pixels; "
+                        "the streets need at least 32 x 32")
+    if cfg.crop[0] > h or cfg.crop[1] > w:
+        raise UserError(f"--crop {cfg.crop[0]} {cfg.crop[1]}: larger than --size {h} {w}")
+    train_set, test_set = dataset(cfg, "train").has("image"), dataset(cfg, "test")
+    roles, cfg = train_set.roles, replace(cfg, classes=train_set.classes)
+    if not cfg.resume:
+        if cfg.task == "labels2photo" and "label" not in roles:
+            cfg = replace(cfg, task="pairs", boundary=False)
+        if cfg.task == "labels2photo" and "instance" not in roles:
+            if cfg.boundary:
+                notice("no instance maps: trained without the boundary channel")
+            if cfg.features and cfg.pool == "instance":
+                notice("no instance maps: features are averaged over labels")
+            cfg = replace(cfg, boundary=False, pool="label")
+        if cfg.generator != "coarse-to-fine":   # these halve as often as the size allows
+            least = 2 if cfg.generator == "unet" else 4     # rows and columns of the smallest map
+            cfg = replace(cfg, downs=max([k for k in range(2, 9) if not (h % 2 ** k or w % 2 ** k)
+                                          and min(h, w) >= least * 2 ** k], default=1))
+    return cfg, usable(train_set, cfg), usable(test_set, cfg)
+
+
+def stage_of(stored: dict, where: str | Path) -> Stage:
+    """The stage that a checkpoint is of."""
+    try:
+        return plan(Config(**stored["config"]))[stored["stage"]]
+    except (KeyError, TypeError, IndexError, UserError) as error:
+        raise UserError(f"{where}: damaged, or of another version ({error})")
+
+
+def left_off(cfg: Config, stages: list[Stage]) -> dict:
+    """With --resume the checkpoint, whose stage no setting may move to another epoch; else {}."""
+    path = Path(cfg.out, "checkpoint.pt")
+    stored = read(path) if cfg.resume else {}
+    begun, n = stage_of(stored, path).first if stored else 0, stored.get("stage", 0)
+    if stages[n].first != begun:
+        raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
+                        f"stage {n + 1}, which began at epoch {begun}, to {stages[n].first}; only "
+                        "the last stage can grow")
+    return stored
+
+
+def open_stage(cfg: Config, stages: list[Stage], device: torch.device,
+               place: dict | None = None) -> tuple[common.Loader, common.Dataset]:
+    """The images of a stage, from the start or from a place in the data; and those of its grids."""
+    loader = common.Loader(dataset(cfg, "train"), cfg.batch_size, cfg.workers, device, cfg.seed,
+                           stages[-1].first + stages[-1].epochs, cfg.steps)
+    if place:
+        loader.load_state_dict(place)
+    return loader, dataset(cfg, "test")
+
+
+def announce(stages: list[Stage]) -> None:
+    """The coarse-to-fine schedule, a line per stage."""
+    for i, stage in enumerate(stages, 1):
+        h, w = stage.cfg.size if 0 in stage.cfg.crop else stage.cfg.crop
+        print(f"stage {i} of {len(stages)}, {stage.name}: {stage.epochs} epochs at {h}x{w} with "
+              f"{stage.cfg.scales} D scale(s)")
+
+
+def schedule(cfg: Config) -> set[str]:
+    """The settings that the learning rate follows."""
+    return {"epochs", "fine_epochs"}
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """The device of this process. Under torchrun it also joins the other processes."""
+    n, torchrun = torch.cuda.device_count(), dist.is_torchelastic_launched()
+    rank = os.environ["LOCAL_RANK"] if torchrun else None
+    gpu = cfg.gpu if cfg.gpu is not None else int(rank or 0) if n else -1
+    if gpu >= n or gpu >= 0 and cfg.gpu is not None and rank:
+        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
+        raise UserError(f"--gpu {gpu}: this machine has {here}; -1 is the CPU; under torchrun, "
+                        "which gives each process its own, leave the flag out")
+    if gpu >= 0:
+        torch.cuda.set_device(gpu)
+        torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
+    if rank and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu >= 0 else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return torch.device("cuda", gpu) if gpu >= 0 else torch.device("cpu")
+
+
+def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """A network on its device, with memory order, precision and compilation as asked for."""
+    last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
+    net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    if dist.is_initialized() and device.type == "cuda":   # on the CPU each has its own statistics
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if cfg.precision == "bf16":                 # losses and optimisers stay in float32
+        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        net.forward = lambda *x: common.to_float(forward(*x))
+    if cfg.compile:
+        net.compile()                           # in place: names in the checkpoint stay as they are
+    return net
+
+
+def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
+    """Before each update: the mean over all processes. All began with the same weights."""
+    if dist.is_initialized():
+        grads = [p.grad for g in optimiser.param_groups for p in g["params"] if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+def read(*paths: str | Path) -> dict:
+    """The content of checkpoints; of the authors' files, their weights under our names."""
+    content = {}
+    for path in paths:
+        stored = common.load_file(Path(path), f"train first, or name a checkpoint of {NAME}.py")
+        if "script" not in stored:
+            stored = rename_released({str(k).removeprefix("module."): v for k, v in stored.items()},
+                                     Path(path))
+        elif stored["script"] != NAME:
+            raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
+        elif not isinstance(stored.get(NETWORKS[0]), dict):
+            raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
+        content = stored | content
+    return content
+
+
+def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
+    """What files have of the networks, or (--resume) everything, goes into state."""
+    stored, where = read(*paths), " ".join(map(str, paths))
+    names = [name for name, value in vars(state).items() if everything or (
+        name in NETWORKS and value is not None and stored.get(name) is not None)]
+    if not names:
+        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    for name in names:
+        value = getattr(state, name)
+        if hasattr(value, "load_state_dict"):
+            common.fill(value, stored.get(name), f"{where}: {name}")
+        else:                                   # a tensor, a number, or None
+            setattr(state, name, stored.get(name))
+    return stored
+
+
+class Run:
+    """A run's folder while it trains: checkpoint, log, pictures; and how it is stopped.
+
+    Whatever ends a run, its checkpoint is whole, and --resume repeats exactly what came after it.
+    Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
+    """
+
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+        self.state, self.loader, self.test_set = state, loader, test_set
+        self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
+        path = Path(cfg.out, "checkpoint.pt")
+        if cfg.resume:
+            stored = load(state, path, everything=True)
+            common.fill(loader, stored.get("place"), f"{path}: place")
+            self.log = stored.get("log", [])
+        elif cfg.out and path.exists():
+            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
+        if loader.step >= loader.total:
+            raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
+                            "larger --epochs or --steps goes on")
+        self.kept = loader.state_dict()         # the place at which all was saved
+        if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
+            common.describe(loader.examples, test_set)
+            cfg = replace(cfg, out=cfg.out or str(common.free_folder(NAME)), resume=False)
+            self.lock = common.lock(Path(cfg.out))
+            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
+                  f"{loader.per_epoch} an epoch; in {cfg.out}")
+        self.cfg = cfg
+
+    def __enter__(self) -> "Run":
+        loader = self.loader
+        self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
+                        disable=None if loader.rank == 0 else True)
+        heard = [n for n in common.STOPPING if signal.getsignal(n) != signal.SIG_IGN]    # nohup
+        self.before = {number: signal.signal(number, self.stop) for number in heard}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.loader.rank == 0:
+            self.lock.close()
+
+    def stop(self, number: int, frame) -> None:
+        self.asked = number
+        signal.signal(number, self.before[number])
+
+    def stopped(self, now: bool = False) -> bool:
+        """Whether any process was told to stop: all must leave at the same step."""
+        now |= self.loader.world == 1 or self.loader.step % 10 == 0
+        if now and self.loader.world > 1:       # asking makes everyone wait
+            told = torch.tensor(self.asked, device=self.loader.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            self.asked = int(told)
+        return now and self.asked > 0
+
+    def done(self, losses: dict[str, Tensor]) -> None:
+        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures."""
+        loader = self.loader
+        loader.over |= self.stopped()
+        if loader.rank == 0:
+            self.bar.update()
+            self.pending.append(losses)         # on the device still: no step waits for them
+            saving = loader.over or loader.step % (self.cfg.save_every or loader.per_epoch) == 0
+            if saving or loader.step % 20 == 0:
+                self.note()
+            if saving:
+                self.save()
+
+    def note(self) -> None:
+        """A row: losses, the mean since the last; images per second; share of waiting for data."""
+        names, step, epoch = list(self.pending[0]), self.loader.step, self.loader.epoch
+        values = torch.stack([torch.stack(list(losses.values())) for losses in self.pending]).cpu()
+        for i, k in (~values.isfinite()).nonzero().tolist():
+            bad = step + 1 + i - len(values)
+            raise UserError(f"loss {names[k]} is {values[i, k]} at step {bad}: stopped; the last "
+                            "good checkpoint is kept. A smaller --lr may help")
+        self.log.append({"step": step, "epoch": epoch} | self.loader.speed() | {
+            name: f"{value:.5g}" for name, value in zip(names, values.mean(0).tolist())})
+        self.bar.set_postfix(self.log[-1])
+        self.pending = []
+
+    def save(self) -> None:
+        """The checkpoint: everything that --resume needs, as plain tensors and numbers. Pictures.
+
+        It comes first and whole; a full disk, or nobody who reads what is printed, costs no work.
+        """
+        out, self.kept = Path(self.cfg.out), self.loader.state_dict()
+        common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
+                          for name, value in vars(self.state).items()} | {
+            "script": NAME, "config": asdict(self.cfg), "log": self.log, "place": self.kept},
+            out / "checkpoint.pt")
+        if self.log:
+            common.plot_log(self.log, out)
+            self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
+        if not self.asked:                      # who wants to stop does not wait for pictures
+            sample_grid(self.state, self.cfg, self.test_set,
+                        out / "samples" / f"{self.loader.step:07d}.png")
+        self.loader.speed()                     # saving and drawing are not training
+
+    def end(self) -> Path:
+        """After the last step. Whoever was stopped elsewhere, in a search, has yet to save."""
+        if self.loader.rank == 0 and self.kept != self.loader.state_dict():
+            self.save()
+        if self.asked:
+            if self.loader.rank == 0:
+                print(f"stopped at step {self.loader.step} and saved; to go on: "
+                      f"python {NAME}.py --resume --out {self.cfg.out}")
+            sys.exit(128 + self.asked)
+        return Path(self.cfg.out)
+
+
+# ---------------------------------------------------------------------------- 8 Command line
+
+def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+    """A checkpoint's config with the given flags; those not `free` must not contradict it."""
+    where, stored = " ".join(map(str, paths)), read(*paths)
+    ours = "script" in stored
+    if not ours and not given.keys() & {"data", "input"}:
+        raise UserError(f"{where}: released weights know no dataset; say --input or --data")
+    config = stored.get("config") if ours else released_config(stored, given)
+    try:
+        cfg = Config(**config)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where}: damaged, or of another version ({error}); start a run from its "
+                        "weights with --init")
+    for name, value in given.items():
+        if ours and name not in free and value != getattr(cfg, name):
+            raise UserError(f"{flag(name)} {value} contradicts {where}, which was trained with "
+                            f"{getattr(cfg, name)}; leave the flag out")
+        if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
+            notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
+                   f"follows it, so this is no run that had {value} from its start")
+    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
+        common.same_classes(dataset(cfg, "test"), cfg.classes)
+    return cfg
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    arguments, p = sys.argv[1:] if arguments is None else arguments, parser()
-    flags = {name for action in p._actions for name in action.option_strings}
-    for word in arguments:                      # argparse would take its value for the mode
-        if word.startswith("--") and word.partition("=")[0] not in flags:
-            raise UserError(f"{word}: no such flag; --help lists all")
-    given = vars(p.parse_args(arguments))
-    mode, call = given.pop("mode"), {k: given.pop(k) for k in CALL if k in given}
-    given, call = ({k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
-                   for flags in (given, call))
-    for name in call:
-        if mode not in CALL[name]:
-            what = f"--{call[name][0][0]}" if name == "edits" else flag(name)
-            raise UserError(f"{what} goes with {' or '.join(CALL[name])}, not with {mode}")
-    if "instances" in call and "input" not in call:
-        raise UserError("--instances: goes with --input, whose instance maps it names")
-    for name, other in (("item", "input"), ("samples", "reference"), ("vary", "reference")):
-        if name in call and other in call:
-            raise UserError(f"--{name} with --{other}: only one of them can choose")
-    resume = call.get("resume", False)
-    if resume and "preset" in call:
-        raise UserError(f"--preset {call['preset']} with --resume: the run knows its settings")
-    if mode in ("sample", "evaluate", "edit", "encode"):
-        cfg, state = load_for_test(mode, given, call)
-        if mode == "evaluate":
-            evaluate(cfg, state)
-        elif mode == "encode":
-            encode_again(cfg, state, call)
-        elif mode == "sample":
-            sample(cfg, state, call.get("input", ""), call.get("output", ""),
-                   call.get("samples", 1), given.get("size"), call.get("instances", ""),
-                   call.get("vary", ()), call.get("reference", ()))
-        else:
-            edit(cfg, state, call.get("edits", ()), scene(cfg, given, call), call.get("output", ""))
+    words = in_order(sys.argv[1:] if arguments is None else arguments)
+    mode, given = common.parse(words, Config, NAME, MODES, CALL, __doc__)
+    runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
+        Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
+    paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
+    if mode not in ("train", "check", "trace"):
+        cfg = at_stage(stored_config(paths, given, FREE_AT_TEST), given, paths)
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        load(state, *paths)
+        run_mode(mode, cfg, state, given)
         return
-    if resume:
-        path = (Path(given["out"]) if "out" in given else newest_run()) / "checkpoint.pt"
-        cfg = stored_config(read_checkpoint(path), path, given, FREE)
-        cfg = replace(cfg, out=str(path.parent), init=())
+    if given.get("resume"):
+        cfg = stored_config(paths, given, FREE)
     else:
-        preset = call.get("preset", "" if given.get("data") else "toy")
-        shape = PRESETS.get(preset, {})
-        if given.get("generator", "coarse-to-fine") != "coarse-to-fine":
-            shape = shape | {"enhancers": 0}
-        cfg = replace(Config(), **shape | given)
-        if cfg.stage in ("enhancer", "joint") and not cfg.init:
-            notice(f"--stage {cfg.stage} without --init: G1 starts from random weights")
-    check_config(cfg)
-    if mode == "check":
-        splits = [dataset(replace(cfg, mirror=False, crop=(0, 0)), s) for s in ("train", "test")]
-        bad = common.check_data(splits, Path(cfg.out) if cfg.out else next_run("check"))
-        if bad:
-            raise UserError(f"--data {cfg.data}: {bad} bad file(s), listed above")
-    elif mode == "trace":
+        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
+    if mode == "train":
+        train(cfg)
+    elif mode == "check":
+        common.check_data([dataset(cfg, split) for split in ("train", "test")],
+                          Path(cfg.out or common.free_folder("check")))
+    else:
         trace(cfg)
+
+
+def in_order(words: list[str]) -> list[str]:
+    """--set, --style, ... as --edits, which collects them in the order of the command line."""
+    rest, out = list(words), []
+    while rest:
+        word, sign, value = rest.pop(0).partition("=")
+        name = word.removeprefix("--")
+        if word == name or name not in EDITS:
+            out.append(word + sign + value)
+            continue
+        if EDITS[name][0] and not sign and rest:
+            value = rest.pop(0)
+        out += ["--edits", f"{name} {value}".strip()]
+    return out
+
+
+def at_stage(cfg: Config, given: dict, paths: tuple) -> Config:
+    """The config of the stage that a checkpoint is of: a run of several may be at an early one."""
+    if cfg.stage != "all":                      # of one stage, or the authors'
+        return plan(cfg)[0].cfg
+    stored = read(*paths)
+    size = stage_of(stored, paths[0]).cfg.size
+    return replace(plan(cfg)[stored["stage"]].cfg, size=given.get("size", size))
+
+
+def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
+    """What is done with a trained network."""
+    path = Path([*cfg.checkpoint, Path(cfg.out, "checkpoint.pt")][0])
+    if mode != "encode" and not (fit(state.styles, 2, cfg) and fit(state.means, 1, cfg)):
+        raise UserError(f"{path}: its styles do not fit its classes; the mode encode mends them")
+    if mode == "sample":
+        sample(cfg, state, given.get("size"))
+    elif mode == "edit":
+        edit(cfg, state, given.get("size"))
+    elif mode == "encode":
+        encode_again(cfg, state, path)
     else:
-        train(cfg, resume)
+        evaluate(cfg, state)
 
 
-def scene(cfg: Config, given: dict, call: dict) -> dict:
-    """The item to edit: --input, or an example of the test split by --item."""
-    if "input" in call:
-        item = read_input(Path(call["input"]), cfg, call.get("instances", ""))
-        return resize_item(item, given["size"]) if "size" in given else item
-    test_set = dataset(cfg, "test")
-    name = call.get("item", test_set.names[0])
-    if name not in test_set.names:
-        raise UserError(f"--item {name}: not in the test split, which has "
-                        + ", ".join(test_set.names[:5]) + ", ...")
-    return test_set[test_set.names.index(name)]
+def fit(styles: dict, ndim: int, cfg: Config) -> bool:
+    """Whether these are numbers per object, as many as there are features, by known classes."""
+    return isinstance(styles, dict) and all(
+        k in range(class_table(cfg.classes).channels) and torch.is_tensor(v) and v.ndim == ndim
+        and v.shape[-1] == cfg.features for k, v in styles.items())
 
 
-def encode_again(cfg: Config, state: State, call: dict) -> None:
+def encode_again(cfg: Config, state: State, path: Path) -> None:
     """The mode encode: new styles, computed or read, into the checkpoint."""
-    path = Path(call["checkpoint"][0]) if "checkpoint" in call else Path(cfg.out) / "checkpoint.pt"
-    stored = read_checkpoint(path)
-    if state.encoder is None or "released" in stored:
-        raise UserError(f"{path}: " + ("the authors' file cannot hold styles; start a run from it "
-                        "with --init" if "released" in stored else "has no encoder; train with "
-                        "--features 3"))
-    if "clusters_file" in call:
-        state.styles = read_clusters(Path(call["clusters_file"]))
-        n = class_table(cfg.classes).channels
-        if not state.styles or any(k not in range(n) or v.shape[1] != cfg.features
-                                   for k, v in state.styles.items()):
-            raise UserError(f"{call['clusters_file']}: holds classes {sorted(state.styles)}; this "
-                            f"run has classes 0 to {n - 1}, with {cfg.features} numbers each")
+    if state.encoder is None or "script" not in read(path):
+        raise UserError(f"{path}: has no encoder (--features 3), or is the authors' file, which "
+                        "cannot hold styles; start a run from it with --init")
+    if cfg.clusters_file:
+        state.styles = read_clusters(Path(cfg.clusters_file))
+        if not state.styles or not fit(state.styles, 2, cfg):
+            raise UserError(f"{cfg.clusters_file}: holds classes {sorted(state.styles)}; this run "
+                            f"has {class_table(cfg.classes).channels}, with {cfg.features} numbers")
     else:
         encode(cfg, state)
-    common.save_file(stored | {"styles": state.styles, "means": state.means}, path)
-    print(f"{sum(map(len, state.styles.values()))} styles of {len(state.styles)} classes: {path}")
+    keep_styles(state, path)
+
+
+def trace(cfg: Config) -> None:
+    """Layers, shapes and parameters in one training step of the last stage; FLOPs and time."""
+    device = pick_device(cfg)
+    cfg, _, _ = open_data(replace(cfg, compile=False))
+    stages = plan(cfg)
+    announce(stages)
+    cfg = stages[-1].cfg
+    state, loader = build(cfg, device), open_stage(cfg, stages, device)[0]
+    pair = make_pair(next(iter(loader)), cfg)
+    common.trace_step({name: getattr(state, name) for name in NETWORKS[:3]},
+                      lambda: train_step(state, pair, cfg))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:                    # a disk that is full, a folder that is read-only
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:    # numpy's, the GPU's, and torch's on the CPU
-        if not (isinstance(error, MemoryError) or "memory" in str(error)):
-            raise
-        print(f"{NAME}.py: error: out of memory; a smaller --size, --width or --batch-size, or "
-              f"--precision bf16, helps ({str(error).partition(chr(10))[0]})", file=sys.stderr)
-        sys.exit(2)
+    common.shell(main, NAME)
