@@ -5,7 +5,8 @@
     python tests/benchmark.py paper --gpu 0 --precision bf16 --compile
     python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
     python tests/benchmark.py memory              what the papers' steps need, on any machine
-    python tests/benchmark.py small memory data --quick     all of it on tiny networks: does it run?
+    python tests/benchmark.py threads             default and one thread, idle and on a busy machine
+    python tests/benchmark.py small memory data threads --quick     on tiny networks: does it run?
 
 Batches are streets, read and paired by the script that is timed; VGG is random, which costs the
 same. Each configuration has a process of its own, so its memory is its own. On a busy machine use
@@ -31,14 +32,14 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import common  # noqa: E402 (before torch: it says how torch's threads wait)
+
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.data import DataLoader, default_collate  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import common  # noqa: E402
 
 # ------------------------------------------------------------------------------- configurations
 
@@ -101,10 +102,7 @@ def configure(name: str, options: argparse.Namespace):
                                  channels_last=options.channels_last or None)
     if options.quick:
         given |= tiny(script, 128 if "v1" in name or "v2-h" in name else 64)    # S needs more
-    if this.script == "lab2pix":
-        cfg = script.configure(**given)
-    else:
-        cfg = replace(script.Config(), **script.PRESETS.get(given.pop("preset", ""), {}) | given)
+    cfg = script.configure(given.pop("preset", ""), given)
     if this.script == "pix2pixhd":
         cfg = script.plan(cfg)[-1].cfg          # G1, or G1 and G2 trained together
     empty = range(len(streets.names), this.classes)
@@ -123,8 +121,10 @@ def batch_of(script, train_set, cfg, device: torch.device) -> dict:
     batch = default_collate([train_set[i] for i in range(cfg.batch_size)])
     batch = script.make_pair({k: v.to(device) if torch.is_tensor(v) else v
                               for k, v in batch.items()}, cfg)
-    return {k: v.contiguous(memory_format=script.memory_format(cfg, device))
-            if k in ("input", "image", "noise") else v for k, v in batch.items()}
+    last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
+    order = torch.channels_last if last else torch.contiguous_format
+    return {k: v.contiguous(memory_format=order) if k in ("input", "image", "noise") else v
+            for k, v in batch.items()}
 
 
 def work_of(name: str, script, cfg, device: torch.device):
@@ -137,18 +137,18 @@ def work_of(name: str, script, cfg, device: torch.device):
         return lambda: script.instance_average(z.requires_grad_(), region).backward(z.detach())
     state = script.build(cfg, device)
     if what == "search":                        # cfg.pool photos, each with its m candidates
-        n, c = len(train_set), script.channels(cfg)
-        state.rarity, state.areas = torch.ones(n, c).double(), torch.ones(c).double()
-        return lambda: script.search(state, train_set, cfg, {})
+        state.photos = script.Photos(len(train_set), cfg)
+        state.photos.chosen[:, 0] = torch.arange(cfg.pool) % len(train_set)
+        return lambda: script.search(state, train_set, cfg, 0)
     batch = batch_of(script, train_set, cfg, device)
     return lambda: script.train_step(state, batch, cfg)
 
 
 # -------------------------------------------------------------------------------------- seconds
 
-def alone(function, *arguments):
+def alone(function, *arguments, fork: bool = hasattr(os, "fork")):
     """function(*arguments) in a fresh process, which may start others to read data."""
-    fork = hasattr(os, "fork") and not torch.cuda.is_initialized()      # spares the imports
+    fork = fork and not torch.cuda.is_initialized()                     # spares the imports
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork" if fork else "spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -179,7 +179,19 @@ def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
             work = work_of(name, script, replace(cfg, compile=True), device)
         wall, cpu = seconds_of(work, device, options.repeats)
     return SimpleNamespace(cfg=cfg, wall=wall, cpu=cpu, gflop=flops.get_total_flops() / 1e9,
-                           gib=script.peak_memory(device))
+                           gib=peak_memory(device))
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most; nan where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:                         # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def convolution_peak(options: argparse.Namespace) -> float:
@@ -223,6 +235,48 @@ def steps_table(names: list[str], options: argparse.Namespace) -> None:
             released and options.gpu < 0 and not options.quick) else ()
         line(name, "{}x{}".format(*row.cfg.size), row.wall, row.cpu, row.cfg.batch_size / seconds,
              row.gflop, speed, f"{speed / peak:.0%}", row.gib, *more)
+
+
+# -------------------------------------------------------------------------------------- threads
+
+def seconds_with(name: str, threads: int, options: argparse.Namespace) -> float:
+    """Seconds of a step, by the clock; 0 threads: as the scripts choose."""
+    if threads:
+        torch.set_num_threads(threads)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        script, cfg = configure(name, options)
+        work = work_of(name, script, cfg, torch.device("cpu"))
+    times = []
+    for _ in range(2 + options.repeats):
+        clock = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - clock)
+    return sum(times[2:]) / options.repeats     # the mean: it is the rare long step that costs
+
+
+def turn() -> None:
+    while True:
+        pass
+
+
+def threads_table(options: argparse.Namespace) -> None:
+    """Steps of the toy presets, alone and beside as many computing processes as there are cores."""
+    busy = [multiprocessing.get_context("spawn").Process(target=turn, daemon=True)
+            for _ in range(os.cpu_count() or 1)]
+    print(f"\nSeconds of a step of the toy presets, by the clock: with the scripts' own number of "
+          f"threads and\nwith one; alone, and beside {len(busy)} processes that compute.")
+    line("configuration", "alone", "1 thread", "busy", "1 thread", "busy, own/1")
+    alone_, beside = {}, {}
+    for found in (alone_, beside):
+        if found is beside:
+            for process in busy:
+                process.start()
+        for name in TOY:
+            found[name] = [alone(seconds_with, name, n, options, fork=False) for n in (0, 1)]
+    for process in busy:
+        process.terminate()
+    for name in TOY:
+        line(name, *alone_[name], *beside[name], beside[name][0] / beside[name][1])
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -359,7 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="configurations or groups: small, toy, paper, data, memory")
+                        help="configurations or groups: small, toy, paper, data, memory, threads")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
     parser.add_argument("--data", default="", metavar="DIR", help="with data: this folder, too")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1,
@@ -377,7 +431,7 @@ def main() -> None:
     options.device = torch.cuda.get_device_name(options.gpu) if options.gpu >= 0 else "CPU"
     options.by_cpu = options.gpu < 0 and options.threads == 1
     wanted = options.names or ["paper" if options.gpu >= 0 else "small"]
-    unknown = set(wanted) - set(CASES) - set(GROUPS) - {"data", "memory"}
+    unknown = set(wanted) - set(CASES) - set(GROUPS) - {"data", "memory", "threads"}
     if unknown:
         parser.error(f"no configuration {', '.join(sorted(unknown))}; --list names them")
     names = [name for w in wanted for name in GROUPS.get(w, [w] if w in CASES else [])]
@@ -390,6 +444,8 @@ def main() -> None:
         data_tables(options)
     if "memory" in wanted:
         memory_table(options)
+    if "threads" in wanted:
+        threads_table(options)
 
 
 if __name__ == "__main__":

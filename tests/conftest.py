@@ -1,42 +1,83 @@
-"""Fixtures that every test file may use. The scripts stand one folder up, beside this one."""
+"""Fixtures that every test file may use. The scripts stand one folder up, beside this one.
+
+    python -m pytest          what a change may break, in minutes
+    python -m pytest --all    everything: notebooks executed, kills, torchrun, compilation
+"""
 
 import contextlib
 import csv
 import functools
+import importlib
+import io
 import os
 import pkgutil
 import re
-import runpy
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
-os.environ.setdefault("MPLBACKEND", "Agg")
 SCRIPTS = Path(__file__).resolve().parents[1]
+os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(SCRIPTS))
 
-import torch  # noqa: E402
+import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
-import common  # noqa: E402
+import matplotlib.figure  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)                          # tiny networks: threads cost more than they give
 
+# The least training of each script: five images in batches of two, so that an epoch has two steps
+# and step 3 is in mid-epoch.
+BASE = "--limit 5 --batch-size 2 --epochs 2000 --save-every 3 --gpu -1"
+TINY = {
+    "crn_imle": f"--size 32 32 --width 4 --layers conv1_1 --pool 4 --candidates 2 --inner-steps 2 "
+                f"--rebalance both --vgg random --lr 0.001 {BASE}",
+    "lab2pix": "--size 64 64 --width 2 --noise 4 --d-width 2 --ups 4 --discriminator patch --T 1 "
+               f"--scales 1 --no-dgnorm --lambda-5 0 --vgg random --vgg-width 2 --lr 0.0002 {BASE}",
+    "lab2pix-full": "--size 64 64 --width 2 --noise 4 --d-width 2 --ups 4 --vgg random "
+                    f"--vgg-width 2 --lr 0.0002 {BASE}",
+    "lab2pix-V1": "--version V1 --size 64 64 --width 2 --noise 4 --d-width 2 --ups 5 --s-width 2 "
+                  f"--s-size 64 --vgg random --vgg-width 2 --lr 0.0002 {BASE}",
+    "pix2pix": f"--size 32 32 --width 4 --patch 16 --lr 0.0002 {BASE}",
+    "pix2pixhd": "--size 32 32 --enhancers 0 --width 4 --downs 2 --blocks 1 --scales 1 --d-width 4 "
+                 "--features 2 --e-width 2 --min-area 0 --loss GAN+FM --vgg random --lr 0.0002 "
+                 f"{BASE}"}
+NAMES = ("crn_imle", "lab2pix", "pix2pix", "pix2pixhd")
+SCORER = "--vgg random --scorer-width 2 --scorer-steps 2"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests that are marked slow")
+
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "notebooks: executes a notebook, some minutes each")
+    config.addinivalue_line("markers", "slow: runs with --all alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, slow tests are left out, unless a file or a test is asked for by name."""
+    if not config.getoption("--all") and not any("::" in word for word in config.args):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)
 def keep_process_clean(tmp_path, monkeypatch):
     """Each test has its own working folder, starts from seed 0, and leaves no trace."""
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n]
+    handlers = {n: signal.getsignal(n) for n in numbers}
     rng = torch.get_rng_state()
     torch.manual_seed(0)
     common.notice.cache_clear()                   # a notice is printed once per process
@@ -54,6 +95,74 @@ def draw_each_street_once():
         yield
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """losses.png takes longer to draw than all the rest; the log is written all the same."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **options: None)
+
+
+# ------------------------------------------------------------------------------ Running a script
+
+class Ended(NamedTuple):
+    """How a call ended: its exit code, or what a user would see as a traceback; what was said."""
+    code: int | str
+    out: str
+    err: str
+
+
+@functools.cache
+def last_lines(name: str) -> CodeType:
+    """What stands below `if __name__ == "__main__"`."""
+    head, _, tail = (SCRIPTS / f"{name}.py").read_text().partition("\nif __name__ ==")
+    return compile("\n" * (head.count("\n") + 1) + "if __name__ ==" + tail, f"{name}.py", "exec")
+
+
+def as_user(name: str, line: str) -> Ended:
+    """The script as it runs from a shell, in this process.
+
+    What main raises goes through the script's own last lines; what they let through would be a
+    traceback. Of "lab2pix-V1" the script is lab2pix.
+    """
+    name = name.partition("-")[0]
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")          # as strict as a terminal
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+    code, before = 0, sys.argv
+    sys.argv = [f"{name}.py", *shlex.split(line)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            exec(last_lines(name), vars(importlib.import_module(name)) | {"__name__": "__main__"})
+    except SystemExit as stop:
+        code = stop.code or 0
+    except Exception as error:
+        code = f"a traceback: {type(error).__name__}: {error}"
+    finally:
+        sys.argv = before
+    texts = []
+    for stream in (out, err):
+        stream.seek(0)
+        texts.append(stream.read())
+    return Ended(code, *texts)
+
+
+def works(name: str, line: str) -> str:
+    """The call must succeed, with nothing on stderr; returns what it printed."""
+    ended = as_user(name, line)
+    assert (ended.code, ended.err) == (0, ""), f"{line}: {ended.code} {ended.err}"
+    return ended.out
+
+
+def fails(name: str, line: str, *words) -> str:
+    """The call must end as a user's mistake: exit code 2 and one line that has these words."""
+    ended, script = as_user(name, line), name.partition("-")[0]
+    assert ended.code == 2, f"{line}: exit code or error {ended.code}"
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, f"{line}: {len(lines)} lines on stderr, the last {lines[-1:]}"
+    assert ended.err.startswith(f"{script}.py: error: "), ended.err
+    for word in words:
+        assert str(word) in ended.err, f"{line}: {word!r} is not in: {ended.err}"
+    return ended.err
+
+
 @contextlib.contextmanager
 def refused(*words):
     """A UserError of one line that contains all words."""
@@ -65,34 +174,14 @@ def refused(*words):
         assert str(word) in text, f"{word!r} is not in: {text}"
 
 
-def refuses(call, capsys, line: str, *words: str) -> str:
-    """The call must end as a user's mistake: one line that has these words in it."""
-    with pytest.raises((common.UserError, SystemExit)) as caught:
-        call(line)
-    if isinstance(caught.value, SystemExit):               # argparse has printed its own line
-        assert caught.value.code == 2
-        text = capsys.readouterr().err.strip().splitlines()[-1]
-    else:
-        text = str(caught.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
-    return text
-
-
-def as_script(name: str, line: str, monkeypatch) -> int:
-    """The script as __main__, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *line.split()])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-    return caught.value.code
-
-
 def shell(line: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *shlex.split(line)], capture_output=True, text=True,
+                          env=environment(), **{"timeout": 300} | options)
+
+
+def environment() -> dict[str, str]:
     path = os.pathsep.join((str(SCRIPTS), str(SCRIPTS / "tests")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment, **{"timeout": 120} | options)
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def free_port() -> int:
@@ -107,16 +196,14 @@ def torchrun(line: str, **options) -> subprocess.CompletedProcess:
                  f"--master_port {free_port()} {line}", **options)
 
 
-def fill_the_disk(patch, name: str) -> None:
-    """torch.save, os.fsync or os.replace fail as on a full disk; not so for the log, which is
-    tidied before."""
-    real = pkgutil.resolve_name(name)
+# ---------------------------------------------------------------------------------------- Files
 
+def fill_the_disk(patch, name: str) -> None:
+    """torch.save, os.fsync or os.replace fail as on a full disk."""
     def full(*arguments, **options):
-        if isinstance(arguments[0], Path) and arguments[0].name == "log.tmp":
-            return real(*arguments, **options)
         raise OSError(28, "No space left on device")
 
+    assert callable(pkgutil.resolve_name(name))
     patch.setattr(name, full)
 
 
@@ -127,18 +214,48 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-def picture(path: Path, h: int = 40, w: int = 50, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+def save(path: Path | str, image: np.ndarray | Image.Image, **options) -> Path:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return Path(path)
 
 
-def label_map(path: Path, h: int = 37, w: int = 53) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 12, (h, w), np.uint8)).save(path)
-    return path
+def picture(path: Path | str, h: int = 40, w: int = 50, seed: int = 0) -> Path:
+    return save(path, np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8))
 
+
+def label_map(path: Path | str, h: int = 37, w: int = 53) -> Path:
+    """Blocks of twelve ids."""
+    blocks = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    return save(path, blocks[np.arange(h)[:, None] * 3 // h, np.arange(w) * 4 // w])
+
+
+def size_of(path: Path | str) -> tuple[int, int]:
+    """(width, height), as Pillow says it."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def stored(run: Path | str) -> dict:
+    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+
+
+def place(run: Path | str) -> tuple[int, int, int]:
+    """How far a run has got: updates, epochs, images of this epoch."""
+    return tuple(stored(run)["place"][k] for k in ("step", "epoch", "seen"))
+
+
+def losses_of(run: Path | str) -> list[dict]:
+    with open(Path(run) / "log.csv") as file:
+        return [without_speed(row) for row in csv.DictReader(file)]
+
+
+def without_speed(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("images/s", "wait")}
+
+
+# ------------------------------------------------------------------------------------- Comparing
 
 def assert_same(a, b, where: str = "checkpoint") -> None:
     """Bit for bit, down to the last moment of Adam."""
@@ -156,20 +273,13 @@ def assert_same(a, b, where: str = "checkpoint") -> None:
         assert a == b, where
 
 
-def assert_same_state(run_a, run_b) -> None:
-    a, b = stored(run_a), stored(run_b)
-    assert_same({k: v for k, v in a.items() if k != "config"},
-                {k: v for k, v in b.items() if k != "config"})
-
-
-def losses_of(run: Path | str) -> list[dict]:
-    with open(Path(run) / "log.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("images/s", "wait")}
-                for row in csv.DictReader(file)]
-
-
-def stored(run: Path | str) -> dict:
-    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+def assert_same_state(run_a: Path | str, run_b: Path | str, log: bool = True) -> None:
+    """Everything in two checkpoints but the config and how fast it went; the log has a row per
+    save, too, so that two ways to one place may have other rows."""
+    a, b = ({k: [without_speed(row) for row in v] if k == "log" else v
+             for k, v in stored(run).items() if k != "config" and (log or k != "log")}
+            for run in (run_a, run_b))
+    assert_same(a, b)
 
 
 def paper_map(script) -> dict[str, str]:
@@ -178,3 +288,14 @@ def paper_map(script) -> dict[str, str]:
     cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
     assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
     return {f"{row[0]} {row[1]}": row[2] for row in cells}
+
+
+def refuses(call, capsys, line: str, *words: str) -> str:
+    """The call must end as a user's mistake: one line that has these words in it."""
+    with pytest.raises(common.UserError) as caught:
+        call(line)
+    text = str(caught.value)
+    assert "\n" not in text, text
+    for word in words:
+        assert word in text, text
+    return text

@@ -5,25 +5,16 @@ two devices, as CUDA does, and what only a GPU gets (channels-last, pinned memor
 CUDA's own kernels do, bf16, speed and memory are not seen.
 """
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import label_map
+from conftest import NAMES, SCORER, TINY, label_map, works
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-import test_crn_imle_contract
-import test_lab2pix_contract
-import test_pix2pix_contract
-import test_pix2pixhd_contract
-from test_readme import SCORER
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 MIXED = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor}      # also on a real GPU
-pytestmark = pytest.mark.usefixtures("draw_each_street_once")
+pytestmark = pytest.mark.usefixtures("draw_each_street_once", "no_plots")
 
 
 class OnGpu(torch.Tensor):
@@ -116,38 +107,37 @@ def test_this_gpu_computes_learns_and_refuses_strangers(gpu):
 
 
 EVERY_MODE = {
-    "pix2pix": f"""{test_pix2pix_contract.TINY} --steps 2 --loss cGAN
-        {test_pix2pix_contract.TINY} --steps 2
+    "pix2pix": f"""{TINY["pix2pix"]} --steps 2 --loss cGAN
+        {TINY["pix2pix"]} --steps 2
         --resume --steps 4
         sample --samples 3
         sample --input a.png --output b.png
         trace
         evaluate {SCORER}""",
-    "pix2pixhd": f"""{test_pix2pixhd_contract.ONE} --generator crn --steps 1 --loss GAN+FM+VGG
-        {test_pix2pixhd_contract.TINY} --size 128 256 --features 3 --fine-epochs 2
+    "pix2pixhd": f"""{TINY["pix2pixhd"]} --generator crn --steps 1 --loss GAN+FM+VGG
+        {TINY["pix2pixhd"]} --size 128 256 --features 3 --enhancers 1 --epochs 1 --fine-epochs 2
         --resume --fine-epochs 3
         sample --samples 2 --vary car
         encode
         edit --style 10001=0 --set 9000=vegetation --remove 10002 --paste 10000@2,40 --undo
         trace
         evaluate {SCORER}""",
-    "crn_imle": f"""{test_crn_imle_contract.TINY} --model crn --outputs 3 --steps 1
-        {test_crn_imle_contract.TINY} --vgg random --steps 2
+    "crn_imle": f"""{TINY["crn_imle"]} --model crn --outputs 3 --steps 1
+        {TINY["crn_imle"]} --steps 2
         --resume --steps 3
         sample --samples 2
         interpolate
-        edit --set car=road --paint 4,8,12,28=car
+        edit --set car=road 4,8,12,28=car
         video
         trace
         evaluate --limit 2""",
-    "lab2pix": f"""{test_lab2pix_contract.TINY_V1} --steps 1
-        {test_lab2pix_contract.TINY} --steps 1
+    "lab2pix": f"""{TINY["lab2pix-V1"]} --steps 1
+        {TINY["lab2pix-full"]} --steps 1
         sample --samples 2 --limit 2"""}
 
 
-@pytest.mark.parametrize("name", sorted(EVERY_MODE))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_mode_keeps_to_its_device(name, gpu):
-    main = importlib.import_module(name).main
-    label_map(Path("a.png"))
+    label_map("a.png")
     for line in EVERY_MODE[name].splitlines():
-        main(f"{line} --gpu 0".split())            # of two --gpu the last counts
+        works(name, f"{line} --gpu 0")             # of two --gpu the last counts

@@ -76,7 +76,7 @@ def test_the_code_that_it_shows_is_the_scripts(path):
 def execute(path) -> nbformat.NotebookNode:
     notebook = read(path)
     assert answered(notebook) >= 4
-    NotebookClient(notebook, timeout=900, kernel_name="python3",
+    NotebookClient(notebook, timeout=3000, kernel_name="python3",
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     return notebook
 
@@ -92,7 +92,7 @@ def executed(request):
         yield {path: pool.submit(execute, path) for path in paths}
 
 
-@pytest.mark.notebooks
+@pytest.mark.slow
 @each_notebook
 def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, executed):
     before = set((SCRIPTS / "notebooks").rglob("*"))
