@@ -244,8 +244,7 @@ for title, spoil, *words in (
 for title, spoil, *words in (
         ("an instance map is missing", gone("data/train_inst/1.png"), "data/train_label/1.png",
          "no instance"),
-        ("instance maps for training alone", gone("data/test_inst"), "--data data",
-         "instance maps", "--no-"),
+        ("instance maps for training alone", gone("data/test_inst"), "--data data", "instance"),
         ("an instance map of another size", image("data/train_inst/1.png", ids(20, 24)),
          "data/train_label/1.png", "sizes differ", "20", "24")):
     bad(title, spoil, T, *words, only=WITH_INSTANCES)

@@ -136,7 +136,8 @@ EVERY_MODE = {
         sample --samples 2 --limit 2"""}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "pix2pix")) for name in NAMES])
 def test_every_mode_keeps_to_its_device(name, gpu):
     label_map("a.png")
     for line in EVERY_MODE[name].splitlines():
