@@ -730,7 +730,9 @@ class Dataset(torch.utils.data.Dataset):
         if role and not kinds & self.roles:
             raise UserError(f"--data {self.data}: layout {self.layout.name} has only "
                             f"{', '.join(sorted(self.roles))} files in its {self.split} split, and "
-                            f"here {role} files are needed; another --task may do without")
+                            f"here {role} files are needed; "
+                            + ("--no-edges" if role == "instance" else "another --task")
+                            + " may do without")
         return self
 
     def count_classes(self) -> str:
