@@ -266,16 +266,16 @@ def threads_table(options: argparse.Namespace) -> None:
     print(f"\nSeconds of a step of the toy presets, by the clock: with the scripts' own number of "
           f"threads and\nwith one; alone, and beside {len(busy)} processes that compute.")
     line("configuration", "alone", "1 thread", "busy", "1 thread", "busy, own/1")
-    alone_, beside = {}, {}
+    names, alone_, beside = list(TOY)[:1 if options.quick else None], {}, {}
     for found in (alone_, beside):
         if found is beside:
             for process in busy:
                 process.start()
-        for name in TOY:
+        for name in names:
             found[name] = [alone(seconds_with, name, n, options, fork=False) for n in (0, 1)]
     for process in busy:
         process.terminate()
-    for name in TOY:
+    for name in names:
         line(name, *alone_[name], *beside[name], beside[name][0] / beside[name][1])
 
 
