@@ -1027,6 +1027,7 @@ def test_frechet_distance():
     LINE + " --ablation A_s --jitter --no-mirror --vgg16-raw --vgg19-raw",
     LINE_V1 + " --smooth --d-norm spectral --loud --test-norm running",
     LINE_V1 + " --task edges --form v1code --no-dgnorm", LINE_V1 + " --ablation A_u"])
+@pytest.mark.slow
 def test_every_setting_trains_and_samples(extra):
     """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
     works("lab2pix", f"{extra} --steps 2 --out r")
@@ -1164,6 +1165,7 @@ for version, extra in (("V1", dict(ups=5, s_width=2, s_size=64)), ("V2", {})):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_of_two_images():
     """V1 and V2, two steps: both processes hold the same weights, and the same mean gradients."""
     label = torch.randint(0, 12, (2, 8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
