@@ -985,7 +985,6 @@ def title(dataset: Dataset) -> str:
 def describe(*datasets: Dataset) -> None:
     """The first lines that a run prints: layout, pairs, sizes, classes seen."""
     for dataset in datasets:
-        dataset = getattr(dataset, "source", dataset)        # lab2pix and crn_imle wrap theirs
         dataset.check_sizes()
         h, w = next(v.shape[-2:] for v in dataset.read(0).values() if torch.is_tensor(v))
         print(f"{title(dataset)}; the first is {h}x{w}, used at "
