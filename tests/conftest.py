@@ -34,6 +34,9 @@ import common  # noqa: E402 (before torch: it says how torch's threads wait)
 import matplotlib.figure  # noqa: E402
 import torch  # noqa: E402
 
+for number in (signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+    if signal.getsignal(number) == signal.SIG_IGN:      # a shell's background job, or nohup: what
+        signal.signal(number, signal.SIG_DFL)           # the tests start would not hear it either
 torch.set_num_threads(1)                          # tiny networks: threads cost more than they give
 
 # The least training of each script: five images in batches of two, so that an epoch has two steps

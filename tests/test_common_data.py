@@ -846,6 +846,33 @@ def test_the_loader_keeps_its_processes_and_goes_on_from_its_place(noisy):
     assert rest == [(epoch, i) for epoch, i, _ in seen[second.step - len(rest):]]
 
 
+@pytest.mark.parametrize("speed, expected", [({1: 1, 2: 3}, 1), ({1: 3, 2: 1}, 2)])
+def test_threads_are_the_faster_number_and_a_run_that_goes_on_keeps_it(
+        speed, expected, noisy, monkeypatch):
+    """Convolutions round differently with other numbers of threads."""
+    clock, count = [0], [2]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(common.F, "conv2d",
+                        lambda *_, **__: clock.__setitem__(0, clock[0] + speed[count[0]]))
+    common.choose_threads.cache_clear()
+    loader = common.Loader(noisy(), 1, 0, CPU)
+    assert count == [expected]
+    count[0] = 5
+    place = loader.state_dict()
+    count[0] = 2
+    loader.load_state_dict(place)
+    assert count == [5]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    count[0] = 3
+    loader.load_state_dict(place)               # whoever says a number has the last word
+    assert count == [3]
+    common.choose_threads.cache_clear()
+
+
 def test_what_goes_wrong_in_a_data_process_is_one_line(tmp_path):
     class Killed(torch.utils.data.Dataset):
         data, __len__ = "", lambda self: 8

@@ -473,7 +473,10 @@ def interrupted(name: str, number: int, line: str, group: bool = False, program=
     while not Path("r/checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     (os.killpg if group else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=300)            # a process that hangs, no verdict
+    try:
+        out, err = process.communicate(timeout=300)        # a process that hangs, no verdict
+    finally:
+        process.kill()
     return process.returncode, out, err
 
 
