@@ -258,6 +258,28 @@ def without_speed(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in ("images/s", "wait")}
 
 
+# ------------------------------------------------------------------------- Networks and pictures
+
+def parameters(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def four_numbers(t: torch.Tensor) -> list[float]:
+    """The check values of an output: mean, deviation, the first number, one inside the last map."""
+    h, w = t.shape[-2:]
+    return [t.mean().item(), t.std(correction=0).item(), t[0, 0, 0, 0].item(),
+            t[-1, -1, h // 2, w // 3].item()]
+
+
+def grey_levels(path: Path | str, y: torch.Tensor) -> int:
+    """The largest difference of a file from an image (3, H, W) in [-1, 1] as the authors write it:
+    cut down to 8 bits."""
+    theirs = ((y.detach().movedim(0, -1).numpy() + 1) / 2 * 255).clip(0, 255).astype(np.uint8)
+    assert theirs.std() > 5                                # a picture, not one colour
+    with Image.open(path) as image:
+        return int(np.abs(np.asarray(image).astype(int) - theirs).max())
+
+
 # ------------------------------------------------------------------------------------- Comparing
 
 def assert_same(a, b, where: str = "checkpoint") -> None:
@@ -291,14 +313,3 @@ def paper_map(script) -> dict[str, str]:
     cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
     assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
     return {f"{row[0]} {row[1]}": row[2] for row in cells}
-
-
-def refuses(call, capsys, line: str, *words: str) -> str:
-    """The call must end as a user's mistake: one line that has these words in it."""
-    with pytest.raises(common.UserError) as caught:
-        call(line)
-    text = str(caught.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
-    return text

@@ -47,17 +47,21 @@ def tensor(photo: np.ndarray) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- layouts
 
 def test_a_street_depends_on_seed_and_index_alone():
-    """Also in a process of its own, where importing common says and warns of nothing."""
     a, b, c = street(3, 5, (48, 96)), street(3, 5, (48, 96)), street(3, 6, (48, 96))
     assert set(a) == {"label", "instance", "image"}
     assert all(np.array_equal(a[k], b[k]) for k in a)
     assert not np.array_equal(a["label"], c["label"])
     assert not np.array_equal(a["label"], street(4, 5, (48, 96))["label"])
+
+
+@pytest.mark.slow
+def test_another_process_draws_the_same_street():
+    """And importing common says and warns of nothing."""
     Path("draw.py").write_text("import common, zlib; s = common.street(3, 5, (48, 96)); "
                                "print([zlib.crc32(s[k].tobytes()) for k in sorted(s)])")
-    other = shell("-W error draw.py")
-    crc = [zlib.crc32(a[k].tobytes()) for k in sorted(a)]
-    assert (other.stdout, other.stderr) == (f"{crc}\n", ""), "another process, another street"
+    here, other = street(3, 5, (48, 96)), shell("-W error draw.py")
+    crc = [zlib.crc32(here[k].tobytes()) for k in sorted(here)]
+    assert (other.stdout, other.stderr) == (f"{crc}\n", "")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 96), (128, 256), (37, 53), (33, 64)])
@@ -253,18 +257,6 @@ def test_the_photo_has_detail_that_no_label_shows():
                     values.append(image[layout.instance == k].std())
     for name, values in spreads.items():
         assert np.median(values) > 2 * STREET_GRAIN, (name, np.median(values))
-
-
-def test_a_moved_car_moves(oracles):
-    """Scenes can be edited: the same car, nearer, is larger, and the rest stays."""
-    scene = street_scene(0, 0)
-    before = paint(scene, (64, 64))
-    number = before.vehicles[0][0]
-    scene.vehicles[0].z -= 1.5
-    after = paint(scene, (64, 64))
-    assert (after.instance == number).sum() > (before.instance == number).sum()
-    both = (before.label < CLASS_ID["person"]) & (after.label < CLASS_ID["person"])
-    assert (before.label[both] == after.label[both]).mean() > .97
 
 
 # ---------------------------------------------------------------------------------- the oracle

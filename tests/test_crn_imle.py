@@ -4,6 +4,7 @@ The oracles share no code with the script: numpy in float64 with loops, printed 
 What all scripts owe their users (resuming, signals, damage, ...) is in test_contract.py.
 """
 
+import itertools
 import json
 import math
 import re
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TINY as LINE, as_user, assert_same, fails, label_map, paper_map, picture, place, refused,
-    size_of, stored, torchrun, works)
+    TINY as LINE, as_user, assert_same, fails, label_map, parameters, picture, place,
+    refused, size_of, stored, torchrun, works)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,10 +73,6 @@ def save(state, cfg, path) -> str:
     common.save_file({"script": "crn_imle", "config": asdict(cfg), "balance": state.balance
                       .state_dict(), "generator": state.generator.state_dict()}, Path(path))
     return str(path)
-
-
-def parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 # --------------------------------------------------------------------------------------- Networks
@@ -165,14 +162,6 @@ def test_features_are_enlarged_with_corners_aligned():
         torch.testing.assert_close(fine[..., i, j], seen["coarse"][..., i, j])
 
 
-def test_same_noise_same_image_other_noise_other_image():
-    cfg = TINY
-    net = Generator(12, width=6, modules=4, noise_channels=3, encoder_width=5)
-    label = torch.rand(1, 12, 32, 32)
-    a, b, c = (net(label, crn_imle.draw_noise(s, cfg, (32, 32), CPU)[None]) for s in (1, 1, 2))
-    assert torch.equal(a, b) and (a - c).abs().mean() > 1e-3
-
-
 def test_broadcast_noise_is_one_vector():
     z = crn_imle.draw_noise(3, replace(TINY, noise="broadcast"), (5, 7), CPU)
     assert z.shape == (3, 5, 7) and torch.equal(z, z[:, :1, :1].expand(3, 5, 7))
@@ -228,15 +217,16 @@ def crn_loss(real, fake, label, w, per_image=False):
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-def test_diversity_loss_against_loops(per_image):
-    real, fake, label, w = crn_inputs(3)
+@pytest.mark.parametrize("k", [1, 3])                         # of one output: the plain distance
+def test_diversity_loss_against_loops(k, per_image):
+    real, fake, label, w = crn_inputs(k)
     total = 0
     for n in range(2):
-        parts = np.zeros((3, 4))
+        parts = np.zeros((k, 4))
         for x, y, lam in zip(real, fake, w):
             size = x.shape[-1]
             step = 8 // size
-            for u in range(3):
+            for u in range(k):
                 for i in range(size):
                     for j in range(size):
                         error = np.abs(x[n, :, i, j] - y[n, u, :, i, j]).mean()
@@ -249,21 +239,6 @@ def test_diversity_loss_against_loops(per_image):
         total += sum(.999 * min(parts[:, p]) + .001 * parts[:, p].mean()
                      for p in range(parts.shape[1]))
     assert crn_loss(real, fake, label, w, per_image) == pytest.approx(total / 2, rel=1e-5)
-
-
-def test_diversity_loss_of_one_output_is_the_plain_distance():
-    real, fake, label, w = crn_inputs(1)
-    plain = np.mean([sum(lam * np.abs(x[n] - y[n, 0]).mean() for x, y, lam in zip(real, fake, w))
-                     for n in range(2)])
-    for per_image in (False, True):
-        assert crn_loss(real, fake, label, w, per_image) == pytest.approx(plain, rel=1e-5)
-
-
-def test_diversity_loss_does_not_care_for_the_order_of_outputs():
-    real, fake, label, w = crn_inputs(4)
-    other = [x[:, [2, 0, 3, 1]] for x in fake]
-    assert crn_loss(real, fake, label, w) == pytest.approx(crn_loss(real, other, label, w))
-    assert crn_loss(real, fake, label, w) <= crn_loss(real, fake, label, w, True) + 1e-9
 
 
 def test_per_class_min_lets_each_class_have_another_winner():
@@ -297,14 +272,6 @@ def test_vgg_pools_by_average_and_takes_normalised_images():
 
 # -------------------------------------------------------------------------------------- Rebalancing
 
-def test_kde_is_a_direct_sum_with_scotts_factor():
-    x = np.random.default_rng(0).normal(size=(23, 3)) * (20, 5, 60) + (100, 0, 30)
-    h = 23 ** (-2 / 7) * (np.cov(x.T) + np.eye(3))
-    inverse, norm = np.linalg.inv(h), math.sqrt((2 * math.pi) ** 3 * np.linalg.det(h))
-    want = [sum(math.exp(-(a - b) @ inverse @ (a - b) / 2) for b in x) / 23 / norm for a in x]
-    np.testing.assert_allclose(crn_imle.gaussian_kde(torch.from_numpy(x)).exp(), want, rtol=1e-9)
-
-
 def test_survey_measures_mean_colours_and_leaves_blank_images_out(tmp_path):
     for folder in ("train_img", "train_label"):
         (tmp_path / folder).mkdir()
@@ -335,6 +302,19 @@ def made_up_colours(n: int = 40) -> torch.Tensor:
     return colours
 
 
+def numpy_kde(x: np.ndarray) -> list[float]:
+    """A direct sum, with Scott's factor."""
+    h = len(x) ** (-2 / 7) * (np.cov(x.T) + np.eye(3))
+    inverse, norm = np.linalg.inv(h), math.sqrt((2 * math.pi) ** 3 * np.linalg.det(h))
+    return [sum(math.exp(-(a - b) @ inverse @ (a - b) / 2) for b in x) / len(x) / norm for a in x]
+
+
+def test_kde_is_a_direct_sum_with_scotts_factor():
+    x = np.random.default_rng(0).normal(size=(23, 3)) * (20, 5, 60) + (100, 0, 30)
+    density = crn_imle.gaussian_kde(torch.from_numpy(x)).exp()
+    np.testing.assert_allclose(density, numpy_kde(x), rtol=1e-9)
+
+
 def test_rarity_scores():
     colours = made_up_colours()
     scores = crn_imle.rarity_scores(colours)
@@ -343,10 +323,7 @@ def test_rarity_scores():
     valid = [0, 1, 3]
     for k in range(5):                                         # under 10 images: the lowest score
         assert scores[k, 2] == min(scores[k, p] for p in valid)
-    x = colours[:, 0].numpy()
-    h = 40 ** (-2 / 7) * (np.cov(x.T) + np.eye(3))
-    density = sum(math.exp(-(x[3] - b) @ np.linalg.inv(h) @ (x[3] - b) / 2) for b in x) / 40
-    density /= math.sqrt((2 * math.pi) ** 3 * np.linalg.det(h))
+    density = numpy_kde(colours[:, 0].numpy())[3]
     assert scores[3, 0].item() == pytest.approx(1 / density, rel=1e-9)
     few = crn_imle.rarity_scores(colours[:4])                  # under ten images: all are equal
     assert torch.equal(few, torch.ones_like(few))
@@ -550,15 +527,24 @@ def test_warm_start_without_noise_reproduces_crns_output_0():
     torch.testing.assert_close(warm(label, torch.randn(1, 3, 32, 32))[:, 0], want)
 
 
-def test_init_takes_a_measured_lambda_and_keeps_it():
+@pytest.mark.parametrize("change, measured, taken", [
+    ({}, True, True), ({}, False, False), ({"layers": ("conv1_1",)}, True, False),
+    ({"pixel_weight": 0.0}, True, False)])
+def test_init_takes_a_measured_lambda_that_fits_and_keeps_it(change, measured, taken, capsys):
     """The release uses CRN's lambda throughout; measured anew it would be that of masked terms."""
     cfg = replace(TINY, model="crn", layers=("conv1_1", "conv2_1"))
     crn, want = crn_imle.build(cfg, CPU), torch.tensor([1.0, 2, 3])
     crn.balance.sums[:] = 6 / want
-    crn.balance.measure()
-    torch.testing.assert_close(crn.balance.weights, want)
-    cfg = replace(TINY, layers=cfg.layers, init=(save(crn, cfg, "crn.pt"),), epochs=9)
+    if measured:
+        crn.balance.measure()
+        torch.testing.assert_close(crn.balance.weights, want)
+    cfg = replace(TINY, **{"layers": cfg.layers, "init": (save(crn, cfg, "crn.pt"),),
+                           "epochs": 9} | change)
     state, loader = state_of(cfg)
+    assert ("measured anew" in capsys.readouterr().out) != taken
+    if not taken:
+        assert not state.balance.measured and state.balance.weights[1:].eq(1).all()
+        return
     for epoch in range(3):
         run = a_run()
         crn_imle.begin_epoch(state, loader, run, cfg)
@@ -566,20 +552,6 @@ def test_init_takes_a_measured_lambda_and_keeps_it():
         assert not any("lambda" in line for line in run.told)
         for batch in batches_of(state, loader, cfg):
             crn_imle.train_step(state, batch, cfg)
-
-
-@pytest.mark.parametrize("change, measured", [
-    ({"layers": ("conv1_1",)}, True), ({"pixel_weight": 0.0}, True), ({}, False)])
-def test_init_measures_lambda_where_the_files_does_not_fit(change, measured, capsys):
-    cfg = replace(TINY, model="crn", layers=("conv1_1", "conv2_1"))
-    crn = crn_imle.build(cfg, CPU)
-    crn.balance.sums[:] = torch.tensor([6.0, 3, 2])
-    if measured:
-        crn.balance.measure()
-    cfg = replace(TINY, **{"layers": cfg.layers} | change, init=(save(crn, cfg, "crn.pt"),))
-    state = crn_imle.build(cfg, CPU)
-    assert not state.balance.measured and state.balance.weights[1:].eq(1).all()
-    assert "measured anew" in capsys.readouterr().out
 
 
 def test_imle_starts_from_a_crn_but_not_the_other_way():
@@ -873,22 +845,6 @@ def crn(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("extra", [
-    "--model crn --outputs 3 --inner-steps 0", "--model crn --outputs 1 --limit 2",
-    "--model crn --outputs 2 --diversity per-image", "--noise spatial --encoder-width 0",
-    "--rebalance bins --pixel-weight 0 --calibrate 2", "--lr-drop 1 --renew-encoder",
-    "--rebalance none --keep-features 2 --search-batch 1 --layers conv1_2 conv2_1",
-    "--rebalance mask --modules 3 --noise-channels 2"])
-def test_every_setting_trains_resumes_and_samples(extra):
-    """Two steps, three more after resuming, an output: nothing that a flag selects is broken."""
-    works("crn_imle", f"{LINE} --steps 2 --out r {extra}")
-    works("crn_imle", "--resume --steps 5 --out r")
-    works("crn_imle", f"{LINE} --steps 5 --out whole {extra}")
-    same("r", "whole")
-    works("crn_imle", "sample --out r --limit 2 --samples 1 --output o")
-    assert [size_of(p) for p in Path("o").iterdir()] == [(32, 32)] * 2
-
-
 def test_a_checkpoint_holds_seeds_no_noise_and_no_images(run):
     content = stored(run)
     assert content["photos"]["chosen"].shape == (4, 2) and content["vgg"] == {}
@@ -986,18 +942,12 @@ def test_evaluate_scores_the_images_of_another_model():
     fails("crn_imle", "evaluate --images theirs --limit 2 --out o --size 32 32", "--size")
 
 
-def own_data(n: int = 3) -> Path:
-    """A dataset in pix2pixHD's layout."""
-    for split in ("train", "test"):
-        for i in range(n):
-            label_map(f"data/{split}_label/{i}.png", 40, 48)
-            picture(f"data/{split}_img/{i}.png", 40, 48, i)
-    return Path("data")
-
-
 def test_a_photo_that_was_removed_is_one_line_when_going_on():
     """Rarity and S count the photos: with another number of them they mean other photos."""
-    data = own_data(4)
+    data = Path("data")
+    for split, i in itertools.product(("train", "test"), range(4)):
+        label_map(data / f"{split}_label/{i}.png", 40, 48)
+        picture(data / f"{split}_img/{i}.png", 40, 48, i)
     line = f"{LINE} --data {data} --classes 12 --limit 0"
     works("crn_imle", f"{line} --steps 3 --out r")
     works("crn_imle", "evaluate --out r --eval-samples 10")
@@ -1007,12 +957,9 @@ def test_a_photo_that_was_removed_is_one_line_when_going_on():
         (data / folder / "3.png").unlink()
     fails("crn_imle", "--resume --steps 6 --out r", "4 photos", "3", "--init")
     works("crn_imle", f"{line} --steps 1 --out new --init r/checkpoint.pt")
-
-
-def test_a_damaged_photo_is_one_line_in_the_survey_too():
-    path = own_data() / "train_img/1.png"
+    path = data / "train_img/1.png"                            # a data process reads it first
     path.write_bytes(path.read_bytes()[:-400])
-    fails("crn_imle", f"{LINE} --data data --classes 12 --steps 3 --workers 1 --out r", path)
+    fails("crn_imle", f"{line} --steps 3 --workers 1 --out x", path)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1044,16 +991,6 @@ def test_mistakes_at_test_time(run, line, words):
 
 
 # ---------------------------------------------------------------------------------- Map and wording
-
-def test_paper_map_lists_every_equation_table_and_figure():
-    listed = set()
-    for entry in paper_map(crn_imle):
-        for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.|Alg\.) \(?(\d+)\)?(?:-(\d+))?",
-                                            entry):
-            listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
-    assert listed == ({("Eq.", 1), ("Alg.", 1), ("Table", 1), ("Table", 2)}
-                      | {("Fig.", n) for n in range(1, 13)})
-
 
 def test_algorithm_1_stands_in_one_piece_and_its_lines_are_named_where_they_are_carried_out():
     block = re.search(r"\nAlgorithm 1.*?\n\n", crn_imle.__doc__, re.DOTALL)[0]

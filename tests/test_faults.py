@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -542,7 +543,7 @@ def awkward_names() -> None:
     for path in sorted(Path("data").glob("*/*.png")):
         path.rename(path.with_stem(("Straße im Schnee", "l'été à Paris #2 (100 %) 東京")[
             int(path.stem)]))
-    Path("data").rename("Bilder für Übung 1")
+    Path("data").rename("Bilder [für] Übung 1")
 
 
 def latin_1_name() -> None:
@@ -558,7 +559,7 @@ def latin_1_name() -> None:
 
 
 good("names with spaces, umlauts and quotes", awkward_names,
-     "{train} --data 'Bilder für Übung 1' --out 'Läufe im März/r'", "2 examples")
+     "{train} --data 'Bilder [für] Übung 1' --out 'Läufe im März/r'", "2 examples")
 for title, spoil, *words in (
         ("a name in Latin-1", latin_1_name, "left out"),
         ("capital endings", everything(lambda p: p.rename(p.with_suffix(".PNG"))), "2 examples"),
@@ -793,3 +794,13 @@ def test_bad_input_from_a_shell(name, templates):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith(f"{name}.py: error: data/train_img/1.png"), result.stderr
     nothing_is_lost(before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("name", NAMES)
+def test_three_kills_and_a_full_disk(name):
+    """The short form of kill.py, as a user would call it."""
+    result = shell(f"{SCRIPTS / 'tests' / 'kill.py'} --script {name} --kills 3", timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "bit-equal" in result.stdout and "full disk" in result.stdout

@@ -5,18 +5,18 @@ for released files networks of plain torch modules, written here as the authors 
 """
 
 import copy
-import inspect
 import json
 import math
 import re
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCORER, fails, label_map, paper_map, picture, save, size_of, torchrun, works
+from conftest import SCORER, fails, grey_levels, label_map, picture, save, size_of, works
+from conftest import TINY as LINES
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -29,9 +29,7 @@ CPU = torch.device("cpu")
 TINY = dict(size=(64, 64), width=4, ups=4, noise=8, d_width=2, vgg="random", vgg_width=2,
             batch_size=2, classes="streets")
 TINY_V1 = TINY | dict(version="V1", ups=5, s_width=2, s_size=64)
-LINE = ("--size 64 64 --width 2 --noise 4 --d-width 2 --vgg-width 2 --vgg random --limit 5 --ups 4 "
-        "--batch-size 2 --epochs 2000 --save-every 3 --lr 0.0002 --gpu -1")
-LINE_V1 = LINE.replace("--ups 4", "--version V1 --ups 5 --s-width 2 --s-size 64")
+LINE, LINE_V1 = LINES["lab2pix-full"], LINES["lab2pix-V1"]
 
 
 def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
@@ -95,27 +93,23 @@ def test_parameters_of_the_discriminators(no_spectral_norm):
         assert numbers(lab2pix.Discriminators(39, 3, kind="patch")) == 8_402_115
 
 
+@pytest.mark.parametrize("part, arguments, counts", [
+    (lab2pix.GenResBlk, [(1024, 1024, 36), (1024, 512, 36), (512, 256, 36), (256, 128, 36),
+                         (128, 64, 36), (64, 32, 36)],
+     [23_682_304, 13_631_360, 4_977_536, 2_076_032, 981_632, 523_520]),
+    (lab2pix.GlobalEncoder, [(36, 64, 7, 7), (36, 64, 8, 8), (151, 64, 6, 6), (184, 64, 6, 6)],
+     [12_779_072, 15_728_832, 9_895_552, 9_914_560])])
+def test_parameters_of_the_parts_of_a_generator(part, arguments, counts, no_spectral_norm):
+    with torch.device("meta"):
+        assert [numbers(part(*some)) for some in arguments] == counts
+
+
 @pytest.mark.parametrize("classes, count", [(35, 6_837_353), (2, 6_718_982), (1, 6_715_395)])
 def test_parameters_of_the_segmentation_network(classes, count):
     """ICNet's; 386 per class are of the two outputs that enter no loss and are left out."""
     with torch.device("meta"):
         net = lab2pix.ICNet(classes)
     assert sum(p.numel() for p in net.parameters()) == count - 386 * classes
-
-
-def test_parameters_of_the_global_encoder(no_spectral_norm):
-    with torch.device("meta"):
-        for arguments, count in (((36, 64, 7, 7), 12_779_072), ((36, 64, 8, 8), 15_728_832),
-                                 ((151, 64, 6, 6), 9_895_552), ((184, 64, 6, 6), 9_914_560)):
-            assert numbers(lab2pix.GlobalEncoder(*arguments)) == count
-
-
-@pytest.mark.parametrize("c_in, c_out, count", [
-    (1024, 1024, 23_682_304), (1024, 512, 13_631_360), (512, 256, 4_977_536),
-    (256, 128, 2_076_032), (128, 64, 981_632), (64, 32, 523_520)])
-def test_parameters_of_a_block(c_in, c_out, count, no_spectral_norm):
-    with torch.device("meta"):
-        assert numbers(lab2pix.GenResBlk(c_in, c_out, 36)) == count
 
 
 def test_what_each_norm_of_the_discriminator_cannot_see():
@@ -264,13 +258,6 @@ def test_eq_1_and_6_residual_block():
     assert torch.equal(block.eval()(d, m), d) or block(d, m).isnan().any()
 
 
-def test_the_released_v1_block_has_no_shortcut_of_its_own():
-    block = lab2pix.GenResBlk(4, 4, 3, hidden=4, form="v1code")
-    nn.init.zeros_(block.conv_1.weight)
-    nn.init.zeros_(block.conv_1.bias)
-    assert not block(torch.randn(1, 4, 6, 6), torch.rand(1, 3, 6, 6)).any()
-
-
 @pytest.mark.parametrize("s", [1, 2, 3, 4, 5, 8, 16])
 def test_eq_2_enlarged_convolution_is_exact(s):
     """conv(up(x)) and its gradients, from a ninth of the pixels."""
@@ -315,27 +302,18 @@ def test_smooth_enlarges_all_features_bilinearly():
         assert not torch.allclose(*images, atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["paper", "v1code"])
-def test_eq_7_co_attention(form):
-    """A_m of one channel, in (0, 1), mixes h' and f; the paper's A_m by loops."""
+def test_eq_7_co_attention():
+    """A_m of one channel, in (0, 1), mixes h' and f; by loops."""
     torch.manual_seed(0)
-    net = lab2pix.LSCA(3, 2, 4, form).double()
+    net = lab2pix.LSCA(3, 2, 4).double()
     h, f, m = torch.randn(1, 3, 3, 3), torch.randn(1, 2, 6, 6), torch.rand(1, 4, 6, 6)
     h, f, m = h.double(), f.double(), m.double()
-    out = net(h, f, m)[0].detach().numpy()
     H, Fk, M = arrays(h[0], f[0], m[0])
     H = conv2d(H.repeat(2, 1).repeat(2, 2), *arrays(net.merge.weight, net.merge.bias))
-    if form == "v1code":
-        H = np.maximum(H, 0)
-        L = np.maximum(conv2d(M, *arrays(net.label.weight, net.label.bias)), 0)
-        norm = [(t - t.mean((1, 2), keepdims=True)) / np.sqrt(t.var((1, 2), keepdims=True) + 1e-5)
-                for t in (H, Fk, L)]
-        seen = np.concatenate(norm)
-    else:
-        seen = np.concatenate([H, Fk, M])
-    A = 1 / (1 + np.exp(-conv2d(seen, *arrays(net.mask.weight, net.mask.bias))))
+    A = conv2d(np.concatenate([H, Fk, M]), *arrays(net.mask.weight, net.mask.bias))
+    A = 1 / (1 + np.exp(-A))
     assert A.shape[0] == 1
-    assert out == pytest.approx(H * A + Fk * (1 - A), abs=1e-9)
+    assert net(h, f, m)[0].detach().numpy() == pytest.approx(H * A + Fk * (1 - A), abs=1e-9)
 
 
 def test_labels_are_resized_by_nearest_sketches_by_average():
@@ -406,13 +384,6 @@ def test_the_perceptual_branch_matters_at_every_level_and_its_gradient_reaches_t
         assert gradient.abs().max() > 0          # through the VGG alone: D saw x detached
     assert not any(p.requires_grad for p in state.vgg16.parameters())
 
-
-def test_label_is_seen_in_v2_and_not_in_v1():
-    v1, v2 = (replace(configure("toy", version=v), **t)
-              for v, t in (("V1", TINY_V1), ("V2", TINY)))
-    for cfg, c_in in ((v1, 3), (v2, 12 + 1 + 3)):
-        D = lab2pix.networks(cfg)[1]
-        assert D.scales[0].common[0][0].in_channels == c_in
 
 # ------------------------------------------------------------------------------------- Losses
 
@@ -501,13 +472,6 @@ def test_eq_9_mean_is_1_for_every_image_and_at_every_level():
     for side in (32, 8, 4):
         ones = torch.ones(3, 1, side, side)
         assert lab2pix.expectation(ones, mask).item() == pytest.approx(1, abs=1e-5)
-
-
-def test_eq_14_every_sample_has_its_own_mask():
-    """The release multiplies (B, h, w) with (B, 1, h, w), and so takes the batch's mean mask."""
-    mask = torch.tensor([[[[4.0]]], [[[0.0]]]])
-    q = torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)
-    assert lab2pix.expectation(q, mask).item() == pytest.approx((4 * 1 + 0 * 10) / 2)
 
 
 @pytest.mark.parametrize("classes, front, back", [
@@ -599,11 +563,6 @@ def test_pyramids():
 
 
 # ------------------------------------------------------------------------------------ Training
-
-def frozen_bits(state: lab2pix.State) -> dict:
-    return {name: copy.deepcopy(getattr(state, name).state_dict()) for name in lab2pix.NETWORKS
-            if getattr(state, name) is not None}
-
 
 def level_sum(judged, loss, mask=None):
     """Eq. (10): levels weigh 1, 1/2, 1/4 over their sum; discriminators are added."""
@@ -764,34 +723,6 @@ def test_eq_22_and_24_to_27_and_30_are_of_images_with_their_labels():
         assert losses[name].item() == pytest.approx(expected, rel=1e-5), name
     assert lab2pix.discriminator_loss(losses["d_real"], losses["d_fake"]) == (    # Eq. (25)
         losses["d_real"] + losses["d_fake"]) / 2
-
-
-@pytest.mark.parametrize("version", ["V1", "V2"])
-def test_both_players_move_and_vgg_rests(version):
-    cfg = replace(configure("toy", version=version), **(TINY_V1 if version == "V1" else TINY))
-    state = lab2pix.build(cfg, CPU)
-    before = frozen_bits(state)
-    vgg = copy.deepcopy(dict(state.vgg16.named_parameters()))
-    lab2pix.train_step(state, batch_of(cfg), replace(cfg, lambda_2=1.0))
-    for name, old in before.items():
-        for key, p in getattr(state, name).named_parameters():
-            # A bias right before a normalisation has no effect, hence no gradient worth the name.
-            assert not torch.equal(p, old[key]) or p.grad.abs().max() < 1e-6, (name, key)
-    assert all(torch.equal(p, vgg[k]) for k, p in state.vgg16.named_parameters())
-
-
-def test_step_of_v1_never_pairs_its_photo_with_its_label():
-    """G and S learn the same whichever photo comes with the label, but for D's opinion."""
-    cfg = replace(configure("toy-V1"), **TINY_V1)
-    a, b = batch_of(cfg), batch_of(cfg)
-    b["image"] = b["image"].flip(0)
-    values = []
-    for batch in (a, b):
-        state = lab2pix.build(cfg, CPU)
-        torch.manual_seed(1)
-        values.append(lab2pix.train_step(state, batch, cfg))
-    for name in ("g_adv", "g_con", "g_seg", "d_fake"):
-        assert values[0][name].item() == pytest.approx(values[1][name].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("row", list(lab2pix.ABLATIONS))
@@ -1022,43 +953,11 @@ def test_frechet_distance():
 
 # --------------------------------------------------------------------------- Runs, by command line
 
-@pytest.mark.parametrize("extra", [
-    LINE + " --first label --form eq5 --no-edges --released-losses --ttur --no-decay",
-    LINE + " --ablation A_s --jitter --no-mirror --vgg16-raw --vgg19-raw",
-    LINE_V1 + " --smooth --d-norm spectral --loud --test-norm running",
-    LINE_V1 + " --task edges --form v1code --no-dgnorm", LINE_V1 + " --ablation A_u"])
-@pytest.mark.slow
-def test_every_setting_trains_and_samples(extra):
-    """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
-    works("lab2pix", f"{extra} --steps 2 --out r")
-    works("lab2pix", "--resume --steps 3 --out r")
-    mute = "--first label" in extra or "v1code" in extra           # no noise: one output each
-    works("lab2pix", f"sample --out r --limit 2 --samples {1 if mute else 2} --output o")
-    assert {size_of(path) for path in Path("o").iterdir()} == {(64, 64)}
-    assert len(list(Path("o").iterdir())) == (2 if mute else 4)
-    if mute:
-        fails("lab2pix", "sample --out r --limit 2 --samples 2", "no noise")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "run"
     works("lab2pix", f"{LINE} --steps 3 --out {out}")
     return out
-
-
-def test_instances_are_asked_for(run):
-    for name in ("a", "b"):
-        label_map(f"in/{name}.png")
-    line = f"sample --out {run} --input in"
-    fails("lab2pix", line, "--instances")
-    fails("lab2pix", f"{line} --instances in/a.png", "one map")
-    label_map("other/a.png")
-    fails("lab2pix", f"{line} --instances other", "b")
-    fails("lab2pix", f"sample --out {run} --input in/a.png --instances {label_map('c.png', 9, 9)}",
-          "9")
-    works("lab2pix", f"{line} --instances in --output o")
-    assert sorted(p.name for p in Path("o").iterdir()) == ["a.png", "b.png"]
 
 
 def test_truncation_is_the_deviation_of_z(run):
@@ -1070,11 +969,6 @@ def test_truncation_is_the_deviation_of_z(run):
     assert b == c and len({a, b, d}) == 3
     z = torch.cat([lab2pix.draw(Config(truncation=0.5, noise=4000), 1, CPU)])
     assert z.std().item() == pytest.approx(0.5, rel=0.05)
-
-
-def test_another_size_at_test_time_stretches_what_z_makes(run):
-    works("lab2pix", f"sample --out {run} --limit 1 --size 96 80 --output o")
-    assert size_of(next(Path("o").iterdir())) == (80, 96)
 
 
 def test_evaluate_writes_the_papers_metrics(run):
@@ -1136,51 +1030,6 @@ def test_each_vgg_has_its_own_way_of_reading_images():
     for raw16, raw19 in ((False, False), (False, True), (True, False)):
         state = lab2pix.build(replace(cfg, vgg16_raw=raw16, vgg19_raw=raw19), CPU)
         assert (state.vgg16.normalise, state.vgg19.normalise) == (not raw16, not raw19)
-
-
-def test_trace_prints_stages_and_parameters():
-    text = works("lab2pix", f"trace {LINE}")
-    parameters = sum(p.numel() for p in GeneratorV2(13, (64, 64), 2, 4, 4).parameters())
-    assert f"{parameters:,}" in text and "(2, 2, 64, 64)" in text and "(2, 1, 8, 8)" in text
-    assert "GFLOP" in text
-    assert "lsca" in works("lab2pix", f"trace {LINE_V1}")
-
-
-WORKER = """
-import sys, torch, lab2pix
-from dataclasses import replace
-images = torch.load("images.pt")
-for version, extra in (("V1", dict(ups=5, s_width=2, s_size=64)), ("V2", {})):
-    small = dict(size=(64, 64), width=2, noise=4, d_width=2, vgg_width=2, vgg="random", ups=4)
-    cfg = replace(lab2pix.configure("toy", version=version), **small | extra, classes="streets",
-                  gpu=-1, seed=5)
-    state, rank = lab2pix.build(cfg, lab2pix.pick_device(cfg)), torch.distributed.get_rank()
-    for step in range(2):
-        torch.manual_seed(10 * step + rank)
-        item = {k: v[rank:rank + 1] for k, v in images.items()}
-        lab2pix.train_step(state, lab2pix.make_pair(item, cfg), cfg)
-    nets = {k: getattr(state, k) for k in lab2pix.NETWORKS if getattr(state, k) is not None}
-    torch.save({k: {n: (p.data, p.grad) for n, p in v.named_parameters()}
-                for k, v in nets.items()}, f"{version}-{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_average_the_gradients_of_two_images():
-    """V1 and V2, two steps: both processes hold the same weights, and the same mean gradients."""
-    label = torch.randint(0, 12, (2, 8, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    torch.save({"label": label, "instance": label, "image": torch.rand(2, 3, 64, 64) * 2 - 1},
-               "images.pt")
-    Path("worker.py").write_text(WORKER)
-    result = torchrun("worker.py")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for version in ("V1", "V2"):
-        one, two = (torch.load(f"{version}-{rank}.pt") for rank in (0, 1))
-        assert len(one) == (3 if version == "V1" else 2)
-        for name in one:
-            for key, (weight, grad) in one[name].items():
-                assert torch.equal(weight, two[name][key][0]), (version, name, key)
-                assert torch.equal(grad, two[name][key][1]), (version, name, key)
 
 
 # ------------------------------------------------------------------------------- Released files
@@ -1301,13 +1150,6 @@ def edges_of(ids: np.ndarray) -> np.ndarray:
     return edge
 
 
-def agrees(found: str, x: torch.Tensor) -> None:
-    """The picture is theirs to one grey level: they cut (x + 1) / 2 * 255, we round."""
-    theirs = ((x[0].detach().permute(1, 2, 0) + 1) / 2 * 255).clip(0, 255).to(torch.uint8).numpy()
-    ours = np.asarray(Image.open(found)).astype(int)
-    assert ours.std() > 5 and np.abs(ours - theirs).max() <= 1, np.abs(ours - theirs).max()
-
-
 @pytest.mark.parametrize("data, n, ups, encoder, size", [
     ("cityscapes", 36, 6, True, (128, 256)), ("cityscapes", 36, 7, False, (256, 256)),
     ("cityscapes", 35, 6, False, (128, 192)), ("coco_stuff", 184, 5, False, (96, 64)),
@@ -1331,7 +1173,7 @@ def test_released_spade_and_v2_generators_paint_the_authors_picture(data, n, ups
     fails("lab2pix", "sample --checkpoint latest_net_G.pth --gpu -1", "--input")
     works("lab2pix", "sample --checkpoint latest_net_G.pth --gpu -1 --input a.png --output o.png"
           + " --instances a.png" * (n % 2 == 0))
-    agrees("o.png", G(seg))
+    assert grey_levels("o.png", G(seg)[0]) <= 1
 
 
 class TheirV1Norm(nn.Module):
@@ -1425,7 +1267,7 @@ def test_released_v1_generator_paints_the_authors_picture(cells):
     m = F.one_hot(torch.tensor(np.asarray(Image.open("a.png"))).long(), 35).movedim(-1, 0)[None]
     works("lab2pix", "sample --checkpoint G.pth --gpu -1 --input a.png --output o.png --seed 3")
     z = torch.randn(1, 16, generator=torch.Generator().manual_seed(3))
-    agrees("o.png", G(z, m.float()))
+    assert grey_levels("o.png", G(z, m.float())[0]) <= 1
 
 
 def test_released_v1_sketch_generator_paints_the_authors_picture():
@@ -1434,51 +1276,9 @@ def test_released_v1_sketch_generator_paints_the_authors_picture():
     grey = np.random.default_rng(2).integers(0, 256, (96, 64), np.uint8)
     save("a.png", grey)
     works("lab2pix", "sample --checkpoint G.pth --gpu -1 --input a.png --output o.png")
-    agrees("o.png", G(None, torch.tensor(grey / 127.5 - 1).float()[None, None]))
+    assert grey_levels("o.png", G(None, torch.tensor(grey / 127.5 - 1).float()[None, None])[0]) <= 1
 
 
 def test_released_discriminators_are_named_as_such():
     torch.save({"discriminator_0.common.0.0.weight": torch.zeros(1)}, "net_D.pth")
     fails("lab2pix", "sample --checkpoint net_D.pth --gpu -1 --input a.png", "generator")
-
-
-# ------------------------------------------------------------------------------ Map and wording
-
-def test_paper_map_lists_every_equation_table_and_figure():
-    listed = set()
-    for entry in paper_map(lab2pix):
-        for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)(?:-(\d+))?\)?", entry):
-            listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
-    missing = ({("Eq.", n) for n in range(1, 33)} | {("Table", n) for n in range(1, 7)}
-               | {("Fig.", n) for n in range(1, 22)}) - listed
-    assert not missing
-
-
-def test_paper_map_points_at_what_exists():
-    flags = {common.flag(f.name) for f in fields(Config)}
-    for entry, place in paper_map(lab2pix).items():
-        assert all(f in flags for f in re.findall(r"--[\w-]+", place)), (entry, place)
-        words = re.findall(r"\w+", re.sub(r"--[\w-]+", "", place))
-        known = [w for w in words if hasattr(lab2pix, w)]
-        assert known, (entry, place)
-        looks_like_code = [w for w in words if "_" in w or re.search(r"[a-z][A-Z]|[A-Z]{3}", w)]
-        assert set(looks_like_code) <= set(known), (entry, place)
-        for item in place.split("; ")[0].split(", "):
-            if re.fullmatch(r"\w+", item):
-                assert item in known, (entry, item)
-
-
-def test_every_equation_is_tagged_at_its_function():
-    places = {}
-    for entry, place in paper_map(lab2pix).items():
-        for first, last in re.findall(r"Eq\. \((\d+)(?:-(\d+))?\)", entry):
-            for n in range(int(first), int(last or first) + 1):
-                places[n] = getattr(lab2pix, place.split(",")[0])
-    for n, thing in places.items():
-        text = inspect.getsource(thing)
-        numbers = set()
-        for tag in re.findall(r"Eq\. (\([^.:;]*)", text):
-            spans = re.findall(r"\((\d+)\)(?: to \((\d+)\))?", tag)
-            for a, b in spans:
-                numbers |= set(range(int(a), int(b or a) + 1))
-        assert n in numbers, (n, thing.__name__)

@@ -119,7 +119,7 @@ def test_the_commands_for_several_processes_run():
 def test_the_other_commands():
     """The tools in their short forms; installing and testing is what CI does with these lines."""
     bench, kill = (c.split(maxsplit=1)[1] for c in COMMANDS if "tests/" in c)
-    assert kill == "tests/kill.py" and (SCRIPTS / kill).exists()           # test_kill.py runs it
+    assert kill == "tests/kill.py" and (SCRIPTS / kill).exists()           # test_faults.py runs it
     small_cityscapes(Path("data"))
     result = shell(f"{SCRIPTS}/{bench.replace('DIR', 'data')} --quick --gpu -1", timeout=900)
     assert result.returncode == 0, result.stderr
