@@ -2106,7 +2106,7 @@ def scored_target(label: Tensor, table: ClassTable) -> Tensor:
 
 @torch.enable_grad()                            # evaluation runs without; this trains
 def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str = "imagenet",
-               width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 1e-4) -> FCN8s:
+               width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 0) -> FCN8s:
     """The scorer for a dataset: read from `folder`, else trained on its photos and kept there.
 
     FCN-score (pix2pix, Sec. 4.1): a network trained on real photos labels the generated ones, at
@@ -2115,15 +2115,19 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
     was trained on Cityscapes. Scores by another compare with each other and with its row for the
     real test photos, not with the paper's numbers.
 
+    lr: 0 means 1e-4, and 1e-3 where the weights begin at random: the toy presets' scorer then labels
+    92 % of the pixels of held-out streets right, with 1e-4 88 %.
+
     A kept scorer is used again while the settings and the files (by size and time of change) are
     those that it was made from.
     """
+    lr = lr or (1e-3 if weights == "random" else 1e-4)
     name = Path(train.data).resolve().name if train.data else "streets"
     cache = folder / f"fcn8s-{name}-{train.size[0]}x{train.size[1]}.pt"
     stats = [path.stat() for files in train.files for path in files.values()] if train.data else ()
     made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
             "files": zlib.crc32(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()),
-            "width": width, "steps": steps, "vgg": weights}
+            "width": width, "steps": steps, "vgg": weights, "lr": lr}
     stored = load_file(cache, "delete it; it will be trained again") if cache.is_file() else {}
     known = stored.get("made") == made
     if stored and not known:
@@ -2150,6 +2154,8 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
             logits = net(batch["image"].to(device))
             target = scored_target(batch["label"].to(device), train.table)
             loss = F.cross_entropy(logits, target, ignore_index=255)
+            for group in optimiser.param_groups:            # up at first, from half-way on down
+                group["lr"] = lr * min(1, 10 * (step + 1) / steps, 2 - 2 * step / steps)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

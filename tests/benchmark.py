@@ -6,6 +6,7 @@
     python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
     python tests/benchmark.py memory              what the papers' steps need, on any machine
     python tests/benchmark.py threads             default and one thread, idle and on a busy machine
+    python tests/benchmark.py yardstick RUN...    how good runs' pictures are, by the streets' law
     python tests/benchmark.py small memory data threads --quick     on tiny networks: does it run?
 
 Batches are streets, read and paired by the script that is timed; VGG is random, which costs the
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -407,13 +409,190 @@ def memory_table(options: argparse.Namespace) -> None:
                  *(row.bytes.get(part, 0) / 2 ** 30 for part in parts))
 
 
+# ------------------------------------------------------------------------------------ yardstick
+# Pictures of held-out streets against the law of the streets, which is known: by any run of the
+# four scripts. All runs see the same layouts, each at its own size.
+
+COLUMNS = {
+    "pixel acc": "FCN-score: share of pixels that a judge, trained on real photos, labels right",
+    "IoU": "FCN-score: intersection over union, mean over the classes",
+    "sharp": "mean |Laplacian| over that of true photos: 1 is right, below is blurred, above noisy;"
+             "\n           without the sensor's grain, which few models make, see that row",
+    "least": "sharp of the class where it is least", "of": "that class",
+    "colours": "energy distance of regions' mean colours to the law, over the law's own spread,\n"
+               "           mean over the classes: 0 is right, by chance a little below it",
+    "variance": "of pixels over the samples of one layout, over that of the law: 1 is right",
+    "times": "times of day among the samples of a layout, over those among as many true photos",
+    "paints": "colours of a vehicle among the samples of a layout, over those among true photos",
+    "fits": "class validity: share of regions whose mean colour is that of some mode",
+    "valid": "joint precision: share of pictures all of whose regions are of one mode"}
+DRAWS = 32                                      # of the law, to compare with
+JUDGE = dict(width=16, steps=600)                # as in the toy presets
+
+
+def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
+    """What a run makes of the first test streets, (layouts, samples, 3, H, W) in [-1, 1].
+
+    Its script's own `sample` writes them. It refuses --samples where it has no noise: one is made.
+    """
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    stored = common.load_file(path, "name a run's folder, or a file of its weights")
+    cfg = stored.get("config", {})
+    if cfg.get("data") != "" or cfg.get("task") not in (None, "labels", "labels2photo"):
+        raise common.UserError(f"{path}: no run that makes photos of the built-in streets' labels")
+    script = importlib.import_module(stored["script"])
+    names = common.Dataset(split="test", limit=options.images).names
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["sample", "--checkpoint", str(path), "--output", folder,
+                 "--limit", str(options.images), "--gpu", str(options.gpu)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                script.main([*words, "--samples", str(options.samples)])
+            except common.UserError:
+                script.main(words)
+        ends = ["", *(f"_{k + 1}" for k in range(options.samples))]
+        files = [[file for end in ends if (file := Path(folder, f"{name}{end}.png")).is_file()]
+                 for name in names]
+        return torch.stack([torch.stack([common.read_image(file) / 127.5 - 1 for file in some])
+                            for some in files])
+
+
+def street_of(index: int, item: dict, samples: int) -> SimpleNamespace:
+    """A test street, with draws of its law, and with the first of them once more without grain."""
+    oracle, rng = common.Street(index, item["label"].shape), np.random.default_rng([index, 7])
+    clean = np.stack([common.render(oracle.layout, common.draw_style(oracle.layout, rng))
+                      for _ in range(samples + DRAWS)])
+    draws = (clean + common.STREET_GRAIN * rng.standard_normal(clean.shape)).clip(0, 1)
+    clean, draws = (torch.from_numpy(x).float().permute(0, 3, 1, 2) * 2 - 1 for x in (clean, draws))
+    kinds = torch.zeros(len(oracle.area), dtype=torch.int64)        # the class of each region
+    kinds[oracle.regions] = item["label"].flatten()
+    return SimpleNamespace(oracle=oracle, label=item["label"], kinds=kinds, photo=item["image"],
+                           clean=clean[:samples], sampled=draws[:samples], law=draws[samples:])
+
+
+def flat(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Each class in its mean colour."""
+    out = torch.empty_like(image)
+    for k in label.unique():
+        out[:, label == k] = image[:, label == k].mean(1, keepdim=True)
+    return out
+
+
+def edges(images: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Per class: the sum of |Laplacian| over images (n, 3, H, W), and the number of values."""
+    x = F.pad(images, (1, 1, 1, 1), "replicate")
+    centre, middle = x[..., 1:-1, 1:-1], slice(1, -1)
+    around = (x[..., :-2, middle] + x[..., 2:, middle] + x[..., middle, :-2] + x[..., middle, 2:])
+    size = (around - 4 * centre).abs().sum((0, 1)).double().flatten()
+    n = len(common.STREETS)
+    return torch.stack([torch.bincount(label.flatten(), size, n),
+                        torch.bincount(label.flatten(), minlength=n) * 3 * len(images)])
+
+
+def energy_distance(x: torch.Tensor, law: torch.Tensor, owner: torch.Tensor) -> float:
+    """Of colours x (R, n, 3) of R regions in n samples from those of the law (R, m, 3):
+    2 E|X - Y| - E|X - X'| - E|Y - Y'| over E|Y - Y'|.
+
+    Only regions in different layouts, and different samples, are compared: so the expectation is 0
+    for the law, even if there is one sample of each layout, and if all layouts share their noise.
+    """
+    apart = owner[:, None] != owner
+
+    def mean(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        d = torch.cdist(a.flatten(0, 1), b.flatten(0, 1))
+        d = d.view(*a.shape[:2], *b.shape[:2]).transpose(1, 2)[apart]       # (pairs, n, m)
+        if a is b and a.shape[1] > 1:
+            d = d[:, ~torch.eye(a.shape[1], dtype=torch.bool)]
+        return d.mean()
+
+    spread = mean(law, law)
+    return ((2 * mean(x, law) - mean(x, x) - spread) / spread).item()
+
+
+def variety(shown: list, law: dict) -> tuple[int, float]:
+    """How many values samples show, and how many as many draws of the law show on average."""
+    return len(set(shown)), sum(1 - (1 - p) ** len(shown) for p in law.values())
+
+
+def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tuple[dict, dict]:
+    """A row of the yardstick, and its values per class; pictures (layouts, n, 3, H, W)."""
+    table, device = common.TABLES["streets"], next(judge.parameters()).device
+    confusion, made, true, regions, cells = 0, 0, 0, [], {}
+    for i, (images, street) in enumerate(zip(pictures, streets)):
+        label, oracle = street.label, street.oracle
+        with torch.no_grad():
+            read = torch.cat([judge(image[None].to(device)).argmax(1).cpu() for image in images])
+        confusion = confusion + common.confusion_matrix(read, label.expand_as(read), table)
+        made, true = made + edges(images, label), true + edges(street.law, label)
+        regions += zip(street.kinds.tolist(), *(oracle.means(x).transpose(0, 1) for x in (
+            images, street.law)), [i] * len(street.kinds))
+        seen = oracle.read(images)
+        pairs = [(name, (seen[name].mean().item(), 1)) for name in ("fits", "valid")]
+        if len(images) > 1:
+            pairs += [("variance", tuple(x.var(0).mean().item() for x in (images, street.law))),
+                      ("times", variety(oracle.times(seen["mode"]), common.TIMES))]
+            paints = zip(seen["mode"].T[1:].tolist(), oracle.layout.vehicles)
+            pairs += [("paints", variety(x, common.COLOR_LAW[kind])) for x, (_, kind) in paints]
+        for name, pair in pairs:
+            cells.setdefault(name, []).append(pair)
+    hits, counts = confusion.diag(), confusion.sum(1) + confusion.sum(0)
+    classes = {"IoU": hits / (counts - hits), "sharp": made[0] / made[1] * true[1] / true[0],
+               "colours": torch.full((len(table.names),), math.nan)}
+    for k in {kind for kind, *_ in regions}:
+        x, law, owner = zip(*(values for kind, *values in regions if kind == k))
+        if len(set(owner)) > 1:
+            classes["colours"][k] = energy_distance(
+                torch.stack(x), torch.stack(law), torch.tensor(owner))
+    row = {name: sum(a for a, _ in some) / sum(b for _, b in some) for name, some in cells.items()}
+    low = classes["sharp"].nan_to_num(math.inf).argmin().item()
+    overall = (made.sum(1)[0] / made.sum(1)[1] * true.sum(1)[1] / true.sum(1)[0]).item()
+    found = common.segmentation_scores(confusion)
+    return row | {"pixel acc": found["per-pixel acc"], "IoU": found["class IOU"], "sharp": overall,
+                  "least": classes["sharp"][low].item(), "of": table.names[low][:9],
+                  "colours": classes["colours"].nanmean().item()}, classes
+
+
+def yardstick(paths: list[str], options: argparse.Namespace) -> None:
+    """The table of runs, a block per size, below the law's own rows."""
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu") if options.gpu < 0 else torch.device("cuda", options.gpu)
+    sizes = {}
+    for path in paths:
+        pictures = pictures_of(Path(path), options)
+        sizes.setdefault(tuple(pictures.shape[-2:]), {})[path] = pictures
+    for size, models in sizes.items():
+        test_set = common.Dataset(split="test", size=size, limit=options.images)
+        streets = [street_of(k, test_set[i], options.samples) for i, k in enumerate(test_set.files)]
+        judge = common.fcn_scorer(common.Dataset(size=size), Path(options.folder),
+                                  device, "random", **JUDGE)
+        each = lambda make: torch.stack([make(street) for street in streets])
+        rows = {"photos": each(lambda s: s.photo[None]), "true samples": each(lambda s: s.sampled),
+                "without grain": each(lambda s: s.clean),
+                "median of the law": each(lambda s: s.law.median(0, True)[0]),
+                "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | models
+        print(f"\n{size[0]}x{size[1]}, {len(streets)} streets of the test split, "
+              f"{options.samples} samples of each where there are several")
+        line("", *COLUMNS)
+        classes = {}
+        for name, pictures in rows.items():
+            row, classes[name] = scores(pictures, streets, judge)
+            line(name[-25:], *(row.get(column, "-") for column in COLUMNS))
+        for measure in classes["photos"] if options.classes else ():
+            print()
+            line(measure, *(name[:9] for name in common.STREETS))
+            for name, values in classes.items():
+                line(name[-25:], *values[measure].tolist())
+    print("\n" + "\n".join(f"{name:10} {meaning}" for name, meaning in COLUMNS.items()))
+
+
 # --------------------------------------------------------------------------------- command line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="configurations or groups: small, toy, paper, data, memory, threads")
+                        help="configurations or groups: small, toy, paper, data, memory, threads; "
+                             "or yardstick, and runs' folders or files of weights")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
     parser.add_argument("--data", default="", metavar="DIR", help="with data: this folder, too")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1,
@@ -426,7 +605,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps per median (default: 5)")
     parser.add_argument("--quick", action="store_true",
                         help="tiny networks, a step or two: shows that all runs, not how fast")
+    parser.add_argument("--images", type=int, default=20, help="yardstick: streets (20)")
+    parser.add_argument("--samples", type=int, default=8, help="yardstick: of each street (8)")
+    parser.add_argument("--classes", action="store_true", help="yardstick: the classes one by one")
+    parser.add_argument("--folder", default="runs/yardstick", metavar="DIR",
+                        help="yardstick: where its judge is kept (%(default)s)")
     options = parser.parse_args()
+    if options.names[:1] == ["yardstick"]:
+        return yardstick(options.names[1:], options)
     options.repeats = 1 if options.quick else options.repeats
     options.device = torch.cuda.get_device_name(options.gpu) if options.gpu >= 0 else "CPU"
     options.by_cpu = options.gpu < 0 and options.threads == 1
@@ -449,4 +635,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.shell(main, "benchmark")

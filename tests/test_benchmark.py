@@ -1,0 +1,66 @@
+"""benchmark.py's yardstick: each column on pictures whose value is known beforehand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import benchmark
+import common
+from conftest import NAMES, TINY, as_user
+
+
+def test_energy_distance_is_0_for_the_law_and_finds_one_mode_or_one_mean():
+    """Colours black .7 or white .3, by hand, over E|Y - Y'| = 2 (.7) (.3) = .42."""
+    law = (torch.rand(400, 30, 1, generator=torch.Generator().manual_seed(0)) < .3).float()
+    law, owner = law.expand(-1, -1, 3), torch.arange(400) // 2
+    distance = lambda x: benchmark.energy_distance(x, law, owner)
+    assert distance(law[:, :1]) == pytest.approx(0, abs=.03)             # a true photo of each
+    shared = law[:1, :4].expand(400, -1, -1)                             # all layouts, one noise
+    share = shared[0, :, 0].mean().item()
+    mixed = share * .7 + (1 - share) * .3
+    within = 2 * share * (1 - share) * 4 / 3
+    assert distance(shared) == pytest.approx((2 * mixed - within - .42) / .42, abs=.03)
+    assert distance(torch.zeros(400, 1, 3)) == pytest.approx((.6 - .42) / .42, abs=.03)
+    assert distance(torch.full((400, 1, 3), .3)) == pytest.approx((.84 - .42) / .42, abs=.03)
+
+
+def test_edges_are_the_laplacian_and_flat_has_none():
+    """A dot of height 1 has the Laplacian -4 and 1 at each of its four neighbours: 8 in all."""
+    image, label = torch.zeros(2, 3, 9, 9), torch.zeros(9, 9, dtype=torch.int64)
+    image[:, :, 4, 4], label[4] = 1, 2                                   # the dot's row: class 2
+    sums, counts = benchmark.edges(image, label)
+    assert sums[[0, 2]].tolist() == [2 * 3 * 2, 2 * 3 * 6] and sums.sum() == 48
+    assert counts[[0, 2]].tolist() == [6 * 72, 6 * 9]
+    painted = benchmark.flat(image[0], label)
+    assert torch.allclose(painted[:, 4], torch.tensor(1 / 9)) and not painted[:, :4].any()
+
+
+def test_rows_of_the_law_have_the_values_that_they_should():
+    torch.manual_seed(0)
+    test_set = common.Dataset(split="test", size=(32, 32), limit=3)
+    streets = [benchmark.street_of(k, test_set[i], 6) for i, k in enumerate(test_set.files)]
+    judge = common.FCN8s(12, 2).eval()                                   # says "sky" everywhere
+    stack = lambda make: torch.stack([make(street) for street in streets])
+    true, classes = benchmark.scores(stack(lambda s: s.sampled), streets, judge)
+    sky = stack(lambda s: (s.label == 0).float()).mean().item()
+    assert true["pixel acc"] == pytest.approx(sky) and classes["IoU"][0] == pytest.approx(sky)
+    assert .8 < true["sharp"] < 1.2 and .5 < true["variance"] < 1.5
+    assert .6 < true["times"] < 1.4 and .6 < true["paints"] < 1.4
+    mean = benchmark.scores(stack(lambda s: s.law.mean(0)[None]), streets, judge)[0]
+    assert mean["sharp"] < .8 * true["sharp"] and "variance" not in mean
+    assert mean["colours"] > .1 > true["colours"] and mean["valid"] <= true["valid"]
+    same = benchmark.scores(stack(lambda s: s.sampled[:1].expand(6, -1, -1, -1)), streets, judge)[0]
+    assert same["variance"] == 0 and same["times"] < true["times"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_what_the_script_samples(name, tmp_path):
+    assert as_user(name, f"train {TINY[name]} --steps 2 --out {tmp_path / 'run'}").code == 0
+    options = SimpleNamespace(images=2, samples=3, gpu=-1)
+    pictures = benchmark.pictures_of(tmp_path / "run", options)
+    side = 64 if name == "lab2pix" else 32
+    assert pictures.shape == (2, 3, 3, side, side) and pictures.abs().max() <= 1
+    file = "street_1000001_3.png"
+    as_user(name, f"sample --checkpoint {tmp_path}/run/checkpoint.pt --samples 3 --output o")
+    assert torch.equal(pictures[1, 2], common.read_image(tmp_path / "o" / file) / 127.5 - 1)
