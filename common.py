@@ -160,6 +160,21 @@ def as_argument(f: Field) -> dict:
     return words
 
 
+def row_of(table: dict[str, dict], option: str, name: str) -> dict:
+    """The row of a table of settings that an option names; without a name there are none."""
+    if name and name not in table:
+        raise UserError(f"{option} {name}: choose one of {', '.join(table)}")
+    return table.get(name, {})
+
+
+def check_sides(option: str, size: tuple[int, int], unit: int, least: int, why: str) -> None:
+    """Refuses a size (H, W) unless both sides are multiples of `unit`, and `least` or more."""
+    if any(side % unit or side < least for side in size):
+        near = [max(least, round(side / unit) * unit) for side in size]
+        raise UserError(f"{option} {size[0]} {size[1]}: {why}, so both sides must be multiples of "
+                        f"{unit}, {least} or more; the nearest is {option} {near[0]} {near[1]}")
+
+
 def refuse(text: str) -> None:
     """In place of argparse's own way, which prints a screen of usage before the one line."""
     raise UserError(f"{text}; --help lists all flags")
@@ -317,6 +332,16 @@ def class_table(name: str) -> ClassTable:
         raise UserError(f"--classes {name}: neither a number nor one of {', '.join(TABLES)}")
     unknown = 255 if int(name) < 256 else 65535              # in files of 8 and of 16 bit
     return ClassTable(tuple(f"class {i}" for i in range(int(name))), unknown=unknown)
+
+
+def class_id(name: str | int, table: ClassTable) -> int:
+    """A class by its name or its number."""
+    if name in table.names:
+        return table.names.index(name)
+    if str(name).isdecimal() and int(name) < table.channels:
+        return int(name)
+    raise UserError(f"class {name}: choose a number below {table.channels}, or one of "
+                    + ", ".join(table.names))
 
 
 # ----------------------------------------------------------------------------------- 3 Files
@@ -488,16 +513,13 @@ def open_image(path: Path) -> Image.Image:
         if not path.stat().st_size:
             raise UserError(f"{path}: an empty file; delete it or download it again")
         return Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file")
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; check its permissions")
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image that can be read; that is {', '.join(FORMATS)}")
     except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})")
-    except OSError as error:
-        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
+    except OSError as error:                    # missing, no permission; without a text, damaged
+        why = error.strerror or f"damaged ({error}); delete it or download it again"
+        raise UserError(f"{path}: {why}")
 
 
 def pixels(path: Path, image: Image.Image, mode: str = "") -> np.ndarray:
@@ -624,8 +646,9 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     return files
 
 
-def output_names(items: "Dataset", source: str, target: Path, samples: int) -> Callable:
-    """Where output k of item i goes: i, k -> a path that holds nothing of what is read.
+def outputs(items: "Dataset", source: str, target: Path,
+            samples: int) -> Iterator[tuple[dict, list[Path]]]:
+    """Each item, and where its outputs go: paths that hold nothing of what is read.
 
     `target` is a file for one output of one file, a folder else. A data set's own folders are
     refused, for what lies there is read as a part of it.
@@ -638,15 +661,16 @@ def output_names(items: "Dataset", source: str, target: Path, samples: int) -> C
     folders = set() if source else {path.parent.resolve() for path in paths}
     inputs = {(s.st_dev, s.st_ino) for s in map(os.stat, paths)}        # hard links are one file
 
-    def name(i: int, k: int) -> Path:
-        number = f"_{k + 1}" if samples > 1 else ""
-        path = target if single and target.suffix else target / f"{items.names[i]}{number}.png"
-        there = path.stat() if path.exists() else None
-        if path.parent.resolve() in folders or there and (there.st_dev, there.st_ino) in inputs:
-            raise UserError(f"--output {target}: would overwrite or join what is read, {path}")
-        return path
-
-    return name
+    endings = [f"_{k + 1}.png" for k in range(samples)] if samples > 1 else [".png"]
+    for i in tqdm(range(len(items)), unit="image", disable=None):
+        names = [target] if single and target.suffix else [
+            target / f"{items.names[i]}{ending}" for ending in endings]
+        for path in names:
+            there = path.stat() if path.exists() else None
+            if path.parent.resolve() in folders or there and (there.st_dev, there.st_ino) in inputs:
+                raise UserError(f"--output {target}: would overwrite or join what is read, {path}")
+        yield items[i], names
+    print(f"{len(items) * samples} image(s): {target}")
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -663,7 +687,7 @@ class Dataset(torch.utils.data.Dataset):
         photos_only: the task makes its own input, so a folder of photos will do.
         instances: read the instance maps, where there are any.
         unpaired: trainA and trainB may be two lists without common names, sizes or numbers.
-        limit: use the first so many examples; 0 is all.
+        limit: use the first so many examples; 0 is all, of the streets 400 to train on.
 
     What is random about item i depends on (seed, epoch, i) alone: not on the number of workers, nor
     on what was drawn before. So a resumed run sees what the uninterrupted one would have seen.
@@ -705,7 +729,9 @@ class Dataset(torch.utils.data.Dataset):
                 raise UserError(f"--classes {classes}: the streets have classes of their own")
             first, n = self.STREETS[split]
             self.layout = FolderLayout("streets", dict.fromkeys(("label", "instance", "image"), ""))
-            self.files, self.classes = list(range(first, first + n))[:limit or None], "streets"
+            if limit:                           # of training streets there is no end
+                n = limit if split == "train" else min(limit, n)
+            self.files, self.classes = list(range(first, first + n)), "streets"
             self.names = [f"street_{index:07d}" for index in self.files]
         self.table = class_table(self.classes) if self.classes else None
         self.roles = set(self.files[0] if data or files else self.layout.roles)
@@ -734,6 +760,12 @@ class Dataset(torch.utils.data.Dataset):
                             + ("--no-edges" if role == "instance" else "another --task")
                             + " may do without")
         return self
+
+    def named(self, name: str) -> dict[str, Tensor | str]:
+        """The example of this name; without a name the first."""
+        if name and name not in self.names:
+            raise UserError(f"--item {name}: not there; there are {', '.join(self.names[:5])}, ...")
+        return self[self.names.index(name) if name else 0]
 
     def count_classes(self) -> str:
         """Where the layout does not say: one more than the highest id in the first 200 files."""
@@ -828,6 +860,31 @@ def ignore_signals(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+@functools.cache
+def choose_threads() -> None:
+    """All cores, unless other work keeps this machine so busy that one thread is faster.
+
+    An operation in several threads ends with its last one; where each waits for a core in turn, all
+    wait most of the time. Both ways are measured once, for a fifth of a second. OMP_NUM_THREADS, if
+    set, decides instead.
+    """
+    cores = torch.get_num_threads()
+    if cores == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    x, weight, seconds = torch.zeros(1, 32, 64, 64), torch.zeros(32, 32, 3, 3), {cores: 0.0, 1: 0.0}
+    for _ in range(10):                         # in turns, since the other work comes and goes
+        for threads in seconds:
+            torch.set_num_threads(threads)
+            begun = time.perf_counter()
+            for _ in range(4):
+                F.conv2d(x, weight, padding=1)
+            seconds[threads] += time.perf_counter() - begun
+    if seconds[cores] < seconds[1]:
+        torch.set_num_threads(cores)
+    else:
+        notice(f"this machine is busy: one thread is faster now than {cores}")
+
+
 class Loader:
     """Which image comes when. Iterating goes through what is left of the present epoch:
 
@@ -857,6 +914,8 @@ class Loader:
                  order: Callable[[int], list] | None = None, per_epoch: int = 0):
         self.examples, self.device, self.seed = examples, device, seed
         self.rank, self.world = place()
+        if device.type == "cpu":
+            choose_threads()
         self.per_step = batch_size * self.world
         self.per_epoch = per_epoch or len(examples) // self.per_step
         if not self.per_epoch:
@@ -916,13 +975,15 @@ class Loader:
 
     def state_dict(self) -> dict:
         return {"step": self.step, "epoch": self.epoch, "seen": self.seen,
-                "examples": self.examples.fingerprint()}
+                "threads": torch.get_num_threads(), "examples": self.examples.fingerprint()}
 
     def load_state_dict(self, stored: dict) -> None:
-        numbers = [stored[k] for k in ("step", "epoch", "seen")]
+        numbers = [stored[k] for k in ("step", "epoch", "seen", "threads")]
         if not all(isinstance(n, int) and 0 <= n < 2 ** 53 for n in numbers):
-            raise ValueError(f"step, epoch, seen: {numbers}")
-        self.step, self.epoch, self.seen = numbers
+            raise ValueError(f"step, epoch, seen, threads: {numbers}")
+        self.step, self.epoch, self.seen, threads = numbers
+        if "OMP_NUM_THREADS" not in os.environ:  # with other threads, sums round differently
+            torch.set_num_threads(max(1, min(threads, os.cpu_count())))
         self.counted = self.step
         if stored["examples"] != self.examples.fingerprint():
             notice("the data set is not the one that this run began with: what follows differs "
@@ -966,7 +1027,44 @@ def mirror_pad(x: Tensor, multiple: int, least: int = 0) -> Tensor:
     return x
 
 
+def smooth_grid(x: Tensor) -> Tensor:
+    """Each pixel (..., H, W) becomes the mean of itself, its right, its lower and its lower right
+    neighbour; a border repeats itself.
+
+    The kernels of a transposed convolution of stride 2 overlap in a pattern that repeats every two
+    pixels. Of two neighbours one is always an overlap, so the mean removes the pattern.
+    """
+    if torch.compiler.is_compiling():           # it cannot take the gradient of the padding below
+        x = torch.cat([x, x[..., -1:]], -1)
+        return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], -2), 2, 1)
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
+
+
+def boundary_map(instance: Tensor) -> Tensor:
+    """1 where the object differs from any of the four neighbours (pix2pixHD, Sec. 3.3, Fig. 4).
+
+    instance (B, H, W) int64  ->  (B, 1, H, W) float. Both sides of a border are marked; the
+    image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
+    their values mean nothing. What tells touching cars apart is where one ends.
+    """
+    # Of each pair of neighbours that differ, both pixels are marked.
+    across, down = instance.diff(dim=2) != 0, instance.diff(dim=1) != 0
+    edge = (F.pad(across, (1, 0)) | F.pad(across, (0, 1))
+            | F.pad(down, (0, 0, 1, 0)) | F.pad(down, (0, 0, 0, 1)))
+    return edge[:, None].float()
+
+
 # ----------------------------------------------------------------------------- 5 Data doctor
+
+def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
+    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torchvision.utils.save_image(images, path, nrow=nrow, pad_value=1, normalize=True,
+                                     value_range=(-1, 1))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
+
 
 def colour_label(label: Tensor, table: ClassTable) -> Tensor:
     """Ids (..., H, W) -> colours (..., 3, H, W) float32 in [-1, 1] by the table's palette."""
@@ -1047,7 +1145,7 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             width = max(t.shape[-1] for t in tiles)
             tiles = [F.pad(t, (0, width - t.shape[-1]), value=1) for t in tiles]
             path = out / f"contact_{dataset.split}.png"
-            torchvision.utils.save_image(tiles, path, nrow=4, normalize=True, value_range=(-1, 1))
+            save_images(torch.stack(tiles), path, nrow=4)
             print(f"    contact sheet: {path}")
     if total:
         raise UserError(f"--data {datasets[0].data}: {total} bad file(s), listed above")
@@ -1285,14 +1383,15 @@ def building_shape(b: Building) -> list:
     if b.side == 0:
         return [("far", box(b.near, b.far, 0, b.height, END))]
     x, h, out = b.side * WALL, b.height, b.side
+    front = [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)]
     if h < 2:
-        return [("masonry", [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)])]
+        return [("masonry", front)]
     ridge, top = x + out * .9, h + 1.7
     return [("gable", [(x, 0, b.near), (x, h, b.near), (ridge, top, b.near),
                        (x + 8 * out, top, b.near), (x + 9 * out, h, b.near),
                        (x + 9 * out, 0, b.near)]),
             ("roof", [(x, h, b.near), (x, h, b.far), (ridge, top, b.far), (ridge, top, b.near)]),
-            ("facade", [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)])]
+            ("facade", front)]
 
 
 def car_shape(t: Thing, seen: int) -> list:
@@ -1974,6 +2073,17 @@ def vgg_layer(layer: nn.Module, x: Tensor) -> Tensor:
     return x if pool and min(x.shape[-2:]) == 1 else layer(x)
 
 
+def pretrained(option: str, weights: str, network: str, cure: str) -> dict:
+    """"imagenet", which is torchvision's download of a network's weights, or those of a file."""
+    if weights != "imagenet":
+        return load_file(Path(weights), cure)
+    source = getattr(torchvision.models, f"{network}_Weights").IMAGENET1K_V1
+    try:
+        return source.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{option} imagenet: {source.url} cannot be had ({error}); {cure}")
+
+
 def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
     """Fill a trunk: "imagenet" (torchvision's download), "random" (seeded), or a file.
 
@@ -1990,18 +2100,10 @@ def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
                 nn.init.zeros_(module.bias)
         torch.set_rng_state(state)
         return
-    if weights == "imagenet":
-        source = getattr(torchvision.models, f"VGG{depth}_Weights").IMAGENET1K_V1
-        try:
-            stored = source.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"--vgg imagenet: {source.url} cannot be had ({error}); {ways}")
-    else:
-        stored = load_file(Path(weights), ways)
-        stored = stored.get("scorer", stored)
-    if not isinstance(stored, dict):
-        stored = {}
-    files = [v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
+    stored = pretrained("--vgg", weights, f"VGG{depth}", ways)
+    stored = stored.get("scorer", stored)
+    files = [] if not isinstance(stored, dict) else [
+        v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
     own = list(trunk.parameters())
     shapes = [tuple(p.shape) for p in own]
     if len(files) != 2 * sum(BLOCKS[depth]) or shapes != [

@@ -112,12 +112,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, UserError, Within, check_settings, class_table, colour_label, flag, notice,
-    setting)
+    COUNT, POSITIVE, UserError, Within, check_settings, check_sides, class_id, class_table,
+    colour_label, flag, notice, row_of, save_images, setting)
 
 # --------------------------------------------------------------------------------- 1 Config
 
@@ -229,9 +228,7 @@ PRESETS = {
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    return Config(**{"preset": preset} | PRESETS.get(preset, {}) | given)
+    return Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | given)
 
 
 def fit_modules(cfg: Config) -> Config:
@@ -241,12 +238,8 @@ def fit_modules(cfg: Config) -> Config:
     """
     h, w = cfg.size
     k = cfg.modules - 1 if cfg.modules else min(8, int(math.log2(max(min(h, w) / 4, 1))))
-    unit = 2 ** k
-    if h % unit or w % unit or min(h, w) < 32:
-        unit = max(unit, 8)
-        near = [max(32, round(s / unit) * unit) for s in (h, w)]
-        raise UserError(f"--size {h} {w}: the modules halve each side {k} times, so it must be a "
-                        f"multiple of {unit}; the nearest is --size {near[0]} {near[1]}")
+    check_sides("--size", cfg.size, 2 ** max(k, 3 if min(h, w) < 32 else 0), 32,
+                f"the modules halve each side {k} times")
     return replace(cfg, modules=k + 1)
 
 
@@ -809,8 +802,10 @@ class Batches(common.Loader):
                          cfg.steps, self.drawn, cfg.inner_steps)
 
     def slots(self) -> list[int]:
-        """What all processes draw in this epoch: slots of S, or numbers of photos of crn. An update
-    takes the next |S~| of them."""
+        """What all processes draw in this epoch: slots of S; for crn, numbers of photos.
+
+        An update takes the next |S~| of them.
+        """
         generator = torch.Generator().manual_seed(hash((self.cfg.seed, self.epoch, 1)) % 2 ** 62)
         n, images = len(self.examples), self.per_epoch * self.per_step
         if self.cfg.model == "imle":
@@ -926,8 +921,8 @@ def begin_epoch(state: State, loader: Batches, run: "Run", cfg: Config) -> bool:
     return True
 
 
-def train(cfg: Config) -> Path:
-    """From scratch, from --init, or on from the checkpoint in --out; returns the run's folder.
+def train(cfg: Config, stored: dict | None = None) -> Path:
+    """From scratch, from --init, or on from a stored checkpoint; returns the run's folder.
 
     This is Alg. 1 from line 2 on. For a crn there is no search: begin_epoch measures lambda, and
     the batches are photos without noise.
@@ -937,7 +932,7 @@ def train(cfg: Config) -> Path:
     state = build(cfg, device)
     state.photos = Photos(len(train_set) if cfg.model == "imle" else 0, cfg)
     loader = Batches(train_set, cfg, device, state.photos)
-    with Run(cfg, state, loader, test_set) as run:
+    with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:                                     # Alg. 1, line 2
             if not begin_epoch(state, loader, run, cfg):           # lines 3 to 7
                 loader.over, run.kept = True, None                 # saves even at step 0
@@ -1018,15 +1013,6 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path)
     save_images(tiles, path, nrow=len(tiles) // n)
 
 
-def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
-    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
-
-
 def save_gif(images: Tensor, path: Path) -> None:
     """(n, 3, H, W) in [-1, 1] as an endless animation, eight frames a second."""
     frames = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -1046,10 +1032,7 @@ def layouts(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:
 
 def one_layout(cfg: Config, size: tuple[int, int] | None) -> dict:
     """The layout of this --item, or the first one, of --input or of the test split."""
-    items = layouts(cfg, size)
-    if cfg.item and cfg.item not in items.names:
-        raise UserError(f"--item {cfg.item}: there are {', '.join(items.names[:5])}, ...")
-    return items[items.names.index(cfg.item) if cfg.item else 0]
+    return layouts(cfg, size).named(cfg.item)
 
 
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
@@ -1061,17 +1044,15 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     """
     target, items, apart = Path(cfg.output or Path(cfg.out, "test")), layouts(cfg, size), []
     n = how_many(cfg, 9)
-    name = common.output_names(items, cfg.input, target, n)
-    for i in tqdm(range(len(items)), unit="layout", disable=None):
-        pair = test_pair(items[i], state, cfg)
+    for item, paths in common.outputs(items, cfg.input, target, n):
+        pair = test_pair(item, state, cfg)
         made = draw(state, pair, cfg, n).cpu()
-        for k, image in enumerate(made):
-            save_images(image[None], name(i, k))
+        for image, path in zip(made, paths):
+            save_images(image[None], path)
         if n > 1:
             both = torch.cat([colours_of(pair, cfg), made])
             save_images(both, target / f"{pair['name']}_grid.png", math.ceil(math.sqrt(len(both))))
             apart.append(torch.pdist(made.flatten(1), 1).mean().item() / made[0].numel())
-    print(f"{len(items) * n} image(s): {target}")
     if apart:
         print(f"two samples of one layout differ by {sum(apart) / len(apart):.4f} per value "
               "on average (mean absolute difference of images in [-1, 1])")
@@ -1127,16 +1108,6 @@ def transfer(cfg: Config, state: State, pairs: list[dict]) -> Tensor:
     save_images(torch.cat([labels, made.flatten(0, 1)]), path, len(pairs))
     print(f"{rows} noise(s) on {len(pairs)} layouts: {path}")
     return made
-
-
-def class_id(name: str, table: common.ClassTable) -> int:
-    """A class by its name or its number."""
-    if name in table.names:
-        return table.names.index(name)
-    if name.isdecimal() and int(name) < table.channels:
-        return int(name)
-    raise UserError(f"class {name}: choose a number below {table.channels}, or one of "
-                    + ", ".join(table.names))
 
 
 def relabel(label: Tensor, change: str, table: common.ClassTable) -> Tensor:
@@ -1270,7 +1241,7 @@ def best_of(images: Tensor, truth: Tensor) -> tuple[int, float]:
     return int(errors.argmin()), errors.min().item()
 
 
-def theirs(pair: dict, cfg: Config) -> Tensor:
+def images_in_folder(pair: dict, cfg: Config) -> Tensor:
     """Another model's images of a layout, NAME.png or NAME_1.png, NAME_2.png, ...: (n, 3, H, W)."""
     folder, name, size = Path(cfg.images), pair["name"], tuple(pair["layout"].shape[1:])
     numbered = [p for p in folder.glob(f"{name}_*") if p.stem[len(name) + 1:].isdecimal()]
@@ -1292,11 +1263,11 @@ def evaluate(cfg: Config, state: State | None) -> dict:
     For Table 2 the nearest of the nine to the photo is kept, in best/ of the run's folder.
     """
     test_set, names, out = dataset(cfg, "test").has("label"), class_names(cfg), Path(cfg.out)
-    how_many = cfg.outputs if cfg.model == "crn" else cfg.eval_samples
+    many = cfg.outputs if cfg.model == "crn" else cfg.eval_samples
     table, l1, exact, times, best = {}, {}, {}, {}, {}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="layout", disable=None):
         pair = test_pair(test_set[i], state, cfg)
-        made = theirs(pair, cfg) if cfg.images else draw(state, pair, cfg, how_many).cpu()
+        made = images_in_folder(pair, cfg) if cfg.images else draw(state, pair, cfg, many).cpu()
         street = common.street_of(pair) if cfg.classes == "streets" and not cfg.data else None
         truth, layout = street and street.sample(len(made), i), pair["layout"][0].cpu()
         picks = [torch.arange(min(9, len(made)))]
@@ -1488,9 +1459,8 @@ def read(*paths: str | Path) -> dict:
     return content
 
 
-def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
-    """What files have of the networks, or (--resume) everything, goes into state."""
-    stored, where = read(*paths), " ".join(map(str, paths))
+def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+    """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
     if not names:
@@ -1501,7 +1471,7 @@ def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
             common.fill(value, stored.get(name), f"{where}: {name}")
         else:                                   # a tensor, a number, or None
             setattr(state, name, stored.get(name))
-    return stored
+    stored.clear()                              # no second copy stays in memory
 
 
 class Run:
@@ -1511,14 +1481,15 @@ class Run:
     Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
     """
 
-    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
+                 stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
         self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
         path = Path(cfg.out, "checkpoint.pt")
-        if cfg.resume:
-            stored = load(state, path, everything=True)
+        if stored:                              # --resume
             common.fill(loader, stored.get("place"), f"{path}: place")
             self.log = stored.get("log", [])
+            load(state, stored, str(path), everything=True)
         elif cfg.out and path.exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
@@ -1620,9 +1591,8 @@ class Run:
 
 # ---------------------------------------------------------------------------- 8 Command line
 
-def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
     """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    where, stored = " ".join(map(str, paths)), read(*paths)
     ours = "script" in stored
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{where}: released weights know no dataset; say --input or --data")
@@ -1639,7 +1609,7 @@ def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
         if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
             notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
                    f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    cfg = replace(cfg, **{"init": ()} | given)
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
         common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
@@ -1656,18 +1626,19 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
         Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
     paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    if mode not in ("train", "check", "trace"):
-        cfg = stored_config(paths, given, FREE_AT_TEST)
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, *paths)
-        run_mode(mode, cfg, state, given)
-        return
-    if given.get("resume"):
-        cfg = stored_config(paths, given, FREE)
+    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
+    if testing or given.get("resume"):
+        stored, given = read(*paths), {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
     else:
+        stored = None
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if mode == "train":
-        train(cfg)
+    if testing:
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        load(state, stored, where)
+        run_mode(mode, cfg, state, given)
+    elif mode == "train":
+        train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
                           Path(cfg.out or common.free_folder("check")))

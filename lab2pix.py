@@ -155,12 +155,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, class_table, colour_label, flag,
-    notice, setting)
+    COUNT, POSITIVE, SHARE, UserError, Within, boundary_map, check_settings, check_sides,
+    class_table, colour_label, flag, notice, row_of, save_images, setting)
 
 # ---------------------------------------------------------------------------------- 1 Config
 
@@ -266,11 +265,7 @@ class Config:
     samples: int = setting(1, "outputs per input, which differ by z", POSITIVE)
 
     def __post_init__(self):
-        """Each setting lies in its range, and no two of them contradict each other.
-
-    Whatever makes a Config, a flag, a preset or a checkpoint, passes here.
-    """
-        # Ranges first, then contradictions. Flags, presets and stored configs all pass here.
+        """Ranges first, then contradictions. Flags, presets and stored configs all pass here."""
         check_settings(self)
         v1, sketch = self.version == "V1", self.task != "labels"
         for wrong, why in (
@@ -358,21 +353,17 @@ def configure(preset: str = "", given: dict | None = None, **more) -> Config:
     """
     given = (given or {}) | more
     ablation = given.get("ablation", "")
-    if ablation and ablation not in ABLATIONS:
-        raise UserError(f"--ablation {ablation}: choose one of {', '.join(ABLATIONS)}")
-    row = ABLATIONS.get(ablation, {})
+    row = row_of(ABLATIONS, "--ablation", ablation)
     if preset == "toy" and "V1" in (given.get("version"), row.get("version")):
         preset = "toy-V1"
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    shape = PRESETS.get(preset, {})
-    asked = {"--version": given, f"--preset {preset}": shape, f"--ablation {ablation}": row}
+    chosen = row_of(PRESETS, "--preset", preset)
+    asked = {"--version": given, f"--preset {preset}": chosen, f"--ablation {ablation}": row}
     versions = [f"{name} {part['version']}" for name, part in asked.items() if "version" in part]
-    version = (given | shape | row).get("version", "V2")
+    version = (given | chosen | row).get("version", "V2")
     if any(not text.endswith(f" {version}") for text in versions):
         raise UserError(f"{', '.join(versions)}: these contradict each other")
-    sketch = SKETCH if given.get("task", shape.get("task", "labels")) != "labels" else {}
-    all_of = {"preset": preset} | VERSIONS.get(version, {}) | sketch | shape | row | given
+    sketch = SKETCH if given.get("task", chosen.get("task", "labels")) != "labels" else {}
+    all_of = {"preset": preset} | VERSIONS.get(version, {}) | sketch | chosen | row | given
     if all_of.get("lambda_2") == 0:             # there is nothing to rise
         all_of["ramp"] = False
     return Config(**all_of)
@@ -385,12 +376,8 @@ def check_size(cfg: Config) -> None:
     """
     height, width = cfg.size
     unit = max(2 ** cfg.ups, 32)                # the deepest verdict of each D_i is at 1/32 of X_3
-    least = max(unit, 64)
-    if height % unit or width % unit or min(cfg.size) < least:
-        near = [max(least, round(side / unit) * unit) for side in cfg.size]
-        raise UserError(f"--size {height} {width}: with {cfg.ups} doublings in G and these "
-                        f"discriminators both must be multiples of {unit}, {least} or more; the "
-                        f"nearest is --size {near[0]} {near[1]}")
+    check_sides("--size", cfg.size, unit, max(unit, 64),
+                f"G has {cfg.ups} doublings, each discriminator up to five halvings")
     if height * width * cfg.batch_size == 4 ** cfg.ups:
         raise UserError(f"--size {height} {width}: the first feature of G would be one pixel, and "
                         "a normalised pixel is 0; use a larger --size or --batch-size")
@@ -1202,27 +1189,13 @@ def build(cfg: Config, device: torch.device) -> State:
         optimiser.register_step_pre_hook(average_gradients)
     state = State(*nets, vgg16, vgg19, *adam)
     if cfg.init:
-        load(state, *cfg.init)
+        load(state, read(*cfg.init), " ".join(cfg.init))
     return state
 
 
 def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
     """The parameters of networks, in the order in which an optimiser holds them."""
     return [p for net in nets if net is not None for p in net.parameters()]
-
-
-def boundary_map(instance: Tensor) -> Tensor:
-    """(B, H, W) -> (B, 1, H, W): 1 where the object differs from one of its four neighbours.
-
-    Both sides of a border are marked. It tells two parked cars apart, which one label does not.
-    """
-    edge = torch.zeros_like(instance, dtype=torch.bool)
-    across, down = instance[:, :, 1:] != instance[:, :, :-1], instance[:, 1:] != instance[:, :-1]
-    edge[:, :, 1:] |= across
-    edge[:, :, :-1] |= across
-    edge[:, 1:] |= down
-    edge[:, :-1] |= down
-    return edge[:, None].float()
 
 
 def sketch_of(image: Tensor) -> Tensor:
@@ -1306,8 +1279,8 @@ def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 
     Eq. (15) is one sum of both players' losses, but no player can minimise the other's: G lowers
     L^G, D lowers L^D. Both parts are made of one pass of G and D, before either update; `inputs`
-    says whose gradients each backward pass makes. S_i is trained with G, on generated images only:
-    nobody ever shows it a photo with its label, there is none in V1.
+    says whose gradients each backward pass makes. S_i is trained with G, on generated images only,
+    since V1 has no photo whose label is known.
     """
     G, D, S = state.generator, state.discriminator, state.segmenter
     m, y, w = batch["input"], batch["image"], batch.get("mask")
@@ -1428,14 +1401,14 @@ def lambda_2(cfg: Config, epoch: int) -> float:
     return cfg.lambda_2 * epoch / max(cfg.epochs - 1, 1) if cfg.ramp else cfg.lambda_2
 
 
-def train(cfg: Config) -> Path:
-    """From scratch, from --init, or on from the checkpoint in --out; returns the run's folder."""
+def train(cfg: Config, stored: dict | None = None) -> Path:
+    """From scratch, from --init, or on from a stored checkpoint; returns the run's folder."""
     device = pick_device(cfg)
     cfg, train_set, test_set = open_data(cfg)
     state = build(cfg, device)
     loader = common.Loader(train_set, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
                            cfg.steps)
-    with Run(cfg, state, loader, test_set) as run:
+    with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:
             # Once an epoch: both learning rates, and in V1 the weight of the sharpness loss.
             rates = learning_rates(cfg, loader.epoch)
@@ -1523,17 +1496,17 @@ def released_config(stored: dict, given: dict) -> dict:
     blocks = len({k.split(".")[1] for k in weights if k.startswith("blocks")})
     sizes = sum(k.startswith("globe.enlarged") and k.endswith("bias") for k in weights)
     classes, edges = RELEASED_DATA.get(n, (str(n - 1), False))
-    shape = dict(width=hidden // 2, dgnorm=sizes > 0, classes=classes, edges=edges)
+    found = dict(width=hidden // 2, dgnorm=sizes > 0, classes=classes, edges=edges)
     if "heads.0.weight" in weights:
-        shape |= VERSIONS["V1"] | dict(form="v1code", ups=blocks, edges=False)
+        found |= VERSIONS["V1"] | dict(form="v1code", ups=blocks, edges=False)
         if n == 1:
-            return shape | SKETCH | dict(task="sketch", ups=blocks, classes="")
+            return found | SKETCH | dict(task="sketch", ups=blocks, classes="")
         area, noise = len(weights["start.weight"]) // (8 * hidden), weights["start.weight"].shape[1]
         side = max(k for k in range(1, area) if area % k == 0 and k * k <= area)
-        return shape | dict(noise=noise, z_size=(side << blocks, area // side << blocks))
+        return found | dict(noise=noise, z_size=(side << blocks, area // side << blocks))
     # SPADE's own has 6 doublings at 256 x 512, 5 at 256 x 256, and one block more at 512 x 1024.
     ups = sizes - 1 if sizes else 7 if blocks == 8 else 6 if classes == "cityscapes" else 5
-    return shape | dict(ups=ups, first="label" if weights["start.weight"].ndim == 4 else "noise")
+    return found | dict(ups=ups, first="label" if weights["start.weight"].ndim == 4 else "noise")
 
 
 # -------------------------------------------------------------------------------- 5 Sampling
@@ -1599,15 +1572,6 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path)
     save_images(torch.cat(tiles), path, nrow=2 * len(values))
 
 
-def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
-    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
-
-
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """Outputs for --input, a file or a folder of any sizes, or for the test split.
 
@@ -1622,13 +1586,11 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     items = dataset(cfg, "test").has(NEEDED.get(cfg.task)) if not cfg.input else common.Dataset(
         files=common.input_files(cfg.input, role, cfg.instances if cfg.edges else None),
         classes=cfg.classes, size=size)
-    name = common.output_names(items, cfg.input, target, cfg.samples)
-    for i in tqdm(range(len(items)), disable=None):
-        pair = test_pair(items[i], state, cfg)
-        for k in range(cfg.samples):
+    for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
+        pair = test_pair(item, state, cfg)
+        for k, path in enumerate(paths):
             z = draw(cfg, cfg.seed + k, pair["input"].device)
-            save_images(translate(generator, z, pair["input"]), name(i, k))
-    print(f"{len(items) * cfg.samples} image(s): {target}")
+            save_images(translate(generator, z, pair["input"]), path)
     return target
 
 
@@ -1671,7 +1633,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Gaussian windows of 11 x 11, sigma 1.5, K = (0.01, 0.03); mean over windows and channels.
     """
-    x, y = (x + 1) / 2, (y + 1) / 2             # it is no matter of differences alone
+    x, y = (x + 1) / 2, (y + 1) / 2             # brightness counts here, not differences alone
     line = torch.exp(-(torch.arange(11.0, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
     window = (line[:, None] * line / line.sum() ** 2).to(x.dtype).expand(3, 1, 11, 11)
 
@@ -1708,14 +1670,8 @@ def feature_networks(cfg: Config, device: torch.device) -> dict[str, Callable]:
     nets = {"VGG distance": lambda x: vgg(x)["relu5_3"].mean((2, 3))}
     if cfg.inception:
         net = torchvision.models.inception_v3(weights=None, init_weights=False)
-        if cfg.inception == "imagenet":
-            source = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
-            try:
-                stored = source.get_state_dict(progress=False, check_hash=True)
-            except (OSError, RuntimeError, EOFError) as error:
-                raise UserError(f"--inception imagenet: {source.url} cannot be had ({error})")
-        else:
-            stored = common.load_file(Path(cfg.inception), "torchvision's Inception-V3 is needed")
+        stored = common.pretrained("--inception", cfg.inception, "Inception_V3",
+                                   "torchvision's Inception-V3 is needed")
         common.fill(net, stored, f"--inception {cfg.inception}")
         net.fc = nn.Identity()
         net.to(device).eval()
@@ -1858,7 +1814,7 @@ class Unpaired(common.Dataset):
                  for files in self.files] for unread in (photo, ("label", "instance")))
 
     def partner(self, i: int, epoch: int) -> int:
-        """The photo of item i in an epoch; it hangs on (seed, epoch) alone."""
+        """The photo of item i in an epoch; the cycle depends on (seed, epoch) alone."""
         if self.cycle[0] != epoch:
             seed = hash((self.seed, epoch)) % 2 ** 63
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -1968,9 +1924,8 @@ def read(*paths: str | Path) -> dict:
     return content
 
 
-def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
-    """What files have of the networks, or (--resume) everything, goes into state."""
-    stored, where = read(*paths), " ".join(map(str, paths))
+def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+    """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
     if not names:
@@ -1981,7 +1936,7 @@ def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
             common.fill(value, stored.get(name), f"{where}: {name}")
         else:                                   # a tensor, a number, or None
             setattr(state, name, stored.get(name))
-    return stored
+    stored.clear()                              # no second copy stays in memory
 
 
 class Run:
@@ -1991,14 +1946,15 @@ class Run:
     Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
     """
 
-    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
+                 stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
         self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
         path = Path(cfg.out, "checkpoint.pt")
-        if cfg.resume:
-            stored = load(state, path, everything=True)
+        if stored:                              # --resume
             common.fill(loader, stored.get("place"), f"{path}: place")
             self.log = stored.get("log", [])
+            load(state, stored, str(path), everything=True)
         elif cfg.out and path.exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
@@ -2100,9 +2056,8 @@ class Run:
 
 # ---------------------------------------------------------------------------- 8 Command line
 
-def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
     """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    where, stored = " ".join(map(str, paths)), read(*paths)
     ours = "script" in stored
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{where}: released weights know no dataset; say --input or --data")
@@ -2119,7 +2074,7 @@ def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
         if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
             notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
                    f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    cfg = replace(cfg, **{"init": ()} | given)
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
         common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
@@ -2132,18 +2087,19 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
         Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
     paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    if mode not in ("train", "check", "trace"):
-        cfg = stored_config(paths, given, FREE_AT_TEST)
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, *paths)
-        run_mode(mode, cfg, state, given)
-        return
-    if given.get("resume"):
-        cfg = stored_config(paths, given, FREE)
+    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
+    if testing or given.get("resume"):
+        stored, given = read(*paths), {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
     else:
+        stored = None
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if mode == "train":
-        train(cfg)
+    if testing:
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        load(state, stored, where)
+        run_mode(mode, cfg, state, given)
+    elif mode == "train":
+        train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
                           Path(cfg.out or common.free_folder("check")))

@@ -85,12 +85,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, class_table, colour_label, flag,
-    notice, setting)
+    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, check_sides, class_table,
+    colour_label, flag, notice, row_of, save_images, setting, smooth_grid)
 
 # ---------------------------------------------------------------------------------- 1 Config
 
@@ -186,20 +185,15 @@ PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: i
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    return Config(**{"preset": preset} | PRESETS.get(preset, {}) | given)
+    return Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | given)
 
 
 def fit_levels(cfg: Config) -> Config:
     """The number of halvings that the training size allows, at most the paper's 8."""
     h, w = cfg.size
     deepest = max(k for k in range(9) if h % 2 ** k == 0 and w % 2 ** k == 0)
-    if min(h, w) < 32 or deepest < max(cfg.levels, 4):
-        unit = 2 ** max(cfg.levels, 5)
-        near = [max(unit, round(s / unit) * unit) for s in (h, w)]
-        raise UserError(f"--size {h} {w}: G halves each side {cfg.levels or '4 to 8'} times, so it "
-                        f"must be a multiple of {unit}; the nearest is --size {near[0]} {near[1]}")
+    check_sides("--size", cfg.size, 2 ** max(cfg.levels, 4), 32,
+                f"G halves each side {cfg.levels or '4 to 8'} times")
     halvings = PATCHES[cfg.patch]                # D's last two convolutions need 3 x 3 units
     if "GAN" in cfg.loss and halvings and min(h, w) < 3 * 2 ** halvings:
         raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times; --size {h} {w} "
@@ -221,8 +215,8 @@ class BatchNorm(nn.BatchNorm2d):
         if self.use_running:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
                                 eps=self.eps)
-        if x.numel() == x.shape[1]:    # One value per channel is its own mean, which leaves beta:
-            return x * 0 + self.bias.view(1, -1, 1, 1)   # the "zeroed" bottleneck of Sec. 6.3.
+        if x.numel() == x.shape[1]:             # one value per channel equals its mean: 0 is left,
+            return x * 0 + self.bias.view(1, -1, 1, 1)   # and beta. Sec. 6.3: "zeroed" activations
         mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
 
@@ -231,8 +225,8 @@ class Down(nn.Module):
     """Encoder block: LeakyReLU(0.2), convolution, BatchNorm; halves H and W.
 
     The paper writes convolution, BatchNorm, ReLU. With each ReLU moved to the front of the next
-    block it is the same chain, and a skip carries the value before the activation; the decoder's
-    ReLU makes of it what it would have made of the activated one: ReLU(LeakyReLU(v)) = ReLU(v).
+    block it is the same chain. A skip then carries a value v before its activation. That changes
+    nothing, since the decoder begins with a ReLU, and ReLU(LeakyReLU(v)) = ReLU(v).
     """
 
     def __init__(self, c_in: int, c_out: int, norm: bool = True, first: bool = False):
@@ -250,9 +244,9 @@ class Up(nn.Module):
 
     The dropout is the noise z, and the only one: given a noise vector, G learned to ignore it
     (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode).
-    `smooth`, ours, replaces each pixel by the mean of itself, its right, its lower and its lower
-    right neighbour. This removes the checkerboard that a transposed convolution leaves early in
-    training, costs some sharpness, and moves the picture half a pixel up and left in each block.
+    `smooth`, ours, takes the mean of each 2 x 2 window. This removes the checkerboard that a
+    transposed convolution leaves early in training (see smooth_grid), costs some sharpness, and
+    moves the picture half a pixel up and left in each block.
     """
     deterministic = smooth = False
 
@@ -264,10 +258,7 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.relu(x))
-        if self.smooth:
-            x = torch.cat([x, x[..., -1:]], -1)             # not F.pad: torch.compile fails on it
-            x = F.avg_pool2d(torch.cat([x, x[..., -1:, :]], -2), 2, 1)
-        x = self.norm(x)
+        x = self.norm(smooth_grid(x) if self.smooth else x)
         return F.dropout(x, 0.5, training=True) if self.dropout and not self.deterministic else x
 
 
@@ -279,7 +270,7 @@ class Generator(nn.Module):
     With 8 levels and 256 x 256: down C64-C128-C256-C512-C512-C512-C512-C512 to 1 x 1, and up again
     CD512-CD512-CD512-C512-C256-C128-C64 and the output. The U-Net adds skips: up block i also sees
     what down block n - i + 1 made, so its *inputs* are those of the paper's U-Net decoder line,
-    512-1024-1024-1024-1024-512-256-128. Severed, they leave the encoder-decoder (Sec. 4.3).
+    512-1024-1024-1024-1024-512-256-128. Without skips it is the encoder-decoder (Sec. 4.3).
     """
 
     def __init__(self, c_x: int = 3, c_y: int = 3, width: int = 64, levels: int = 8,
@@ -430,7 +421,7 @@ def build(cfg: Config, device: torch.device) -> State:
         optimiser.register_step_pre_hook(average_gradients)
     state = State(*nets, *adam)
     if cfg.init:
-        load(state, *cfg.init)
+        load(state, read(*cfg.init), " ".join(cfg.init))
     return state
 
 
@@ -500,8 +491,8 @@ def learning_rate(cfg: Config, epoch: int) -> float:
     return cfg.lr * (1 - falling) if cfg.decay else cfg.lr
 
 
-def train(cfg: Config) -> Path:
-    """From scratch, from --init, or on from the checkpoint in --out; returns the run's folder.
+def train(cfg: Config, stored: dict | None = None) -> Path:
+    """From scratch, from --init, or on from a stored checkpoint; returns the run's folder.
 
     The outer loop counts epochs, the inner one steps. The loader knows the place in the data, so
     that a run that goes on continues within its epoch; run.done logs, saves, and notes a Ctrl-C.
@@ -511,7 +502,7 @@ def train(cfg: Config) -> Path:
     state = build(cfg, device)
     loader = common.Loader(train_set, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
                            cfg.steps)
-    with Run(cfg, state, loader, test_set) as run:
+    with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:
             for optimiser in filter(None, (state.opt_g, state.opt_d)):
                 optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
@@ -608,15 +599,6 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path)
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
 
 
-def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
-    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
-
-
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """Outputs for --input, a file or a folder of any sizes, or for the test split.
 
@@ -628,13 +610,11 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     items = dataset(cfg, "test").has(NEEDED.get(cfg.task)) if not cfg.input else common.Dataset(
         files=common.input_files(cfg.input, role.get(cfg.task, "A")), classes=cfg.classes,
         size=size)
-    name = common.output_names(items, cfg.input, target, cfg.samples)
-    for i in tqdm(range(len(items)), disable=None):
-        pair = test_pair(items[i], state, cfg)
-        for k in range(cfg.samples):
+    for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
+        pair = test_pair(item, state, cfg)
+        for k, path in enumerate(paths):
             torch.manual_seed(cfg.seed + k)
-            save_images(to_rgb(translate(generator, pair["input"]), pair, cfg), name(i, k))
-    print(f"{len(items) * cfg.samples} image(s): {target}")
+            save_images(to_rgb(translate(generator, pair["input"]), pair, cfg), path)
     return target
 
 
@@ -884,9 +864,8 @@ def read(*paths: str | Path) -> dict:
     return content
 
 
-def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
-    """What files have of the networks, or (--resume) everything, goes into state."""
-    stored, where = read(*paths), " ".join(map(str, paths))
+def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+    """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
     if not names:
@@ -897,7 +876,7 @@ def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
             common.fill(value, stored.get(name), f"{where}: {name}")
         else:                                   # a tensor, a number, or None
             setattr(state, name, stored.get(name))
-    return stored
+    stored.clear()                              # no second copy stays in memory
 
 
 class Run:
@@ -907,14 +886,15 @@ class Run:
     Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
     """
 
-    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
+                 stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
         self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
         path = Path(cfg.out, "checkpoint.pt")
-        if cfg.resume:
-            stored = load(state, path, everything=True)
+        if stored:                              # --resume
             common.fill(loader, stored.get("place"), f"{path}: place")
             self.log = stored.get("log", [])
+            load(state, stored, str(path), everything=True)
         elif cfg.out and path.exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
@@ -1016,9 +996,8 @@ class Run:
 
 # ---------------------------------------------------------------------------- 8 Command line
 
-def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
     """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    where, stored = " ".join(map(str, paths)), read(*paths)
     ours = "script" in stored
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{where}: released weights know no dataset; say --input or --data")
@@ -1035,7 +1014,7 @@ def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
         if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
             notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
                    f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    cfg = replace(cfg, **{"init": ()} | given)
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
         common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
@@ -1048,18 +1027,19 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
         Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
     paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    if mode not in ("train", "check", "trace"):
-        cfg = stored_config(paths, given, FREE_AT_TEST)
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, *paths)
-        run_mode(mode, cfg, state, given)
-        return
-    if given.get("resume"):
-        cfg = stored_config(paths, given, FREE)
+    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
+    if testing or given.get("resume"):
+        stored, given = read(*paths), {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
     else:
+        stored = None
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if mode == "train":
-        train(cfg)
+    if testing:
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        load(state, stored, where)
+        run_mode(mode, cfg, state, given)
+    elif mode == "train":
+        train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
                           Path(cfg.out or common.free_folder("check")))

@@ -109,12 +109,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, class_table, colour_label, flag,
-    kmeans, notice, setting)
+    COUNT, POSITIVE, SHARE, UserError, Within, boundary_map, check_settings, check_sides, class_id,
+    class_table, colour_label, flag, kmeans, notice, row_of, save_images, setting, smooth_grid)
 
 # --------------------------------------------------------------------------------- 1 Config
 
@@ -227,13 +226,10 @@ class Config:
                 (self.item and self.input, "--item with --input: only one can choose the scene")):
             if wrong:
                 raise UserError(why)
-        for name, (h, w) in (("size", self.size), ("crop", self.crop)):
-            if (name == "size" or h or w) and (h % unit or w % unit or min(h, w) < 2 * unit):
-                # Two pixels are the least that instance norm and reflected borders can work on.
-                near = [max(2 * unit, round(side / unit) * unit) for side in (h, w)]
-                raise UserError(
-                    f"--{name} {h} {w}: G halves each side {n} times, so it must be a multiple of "
-                    f"{unit}, {2 * unit} or more; the nearest is --{name} {near[0]} {near[1]}")
+        # Two pixels are the least that instance norm and reflected borders can work on.
+        for name, size in (("--size", self.size), ("--crop", self.crop)):
+            if name == "--size" or any(size):
+                check_sides(name, size, unit, 2 * unit, f"G halves each side {n} times")
 
 
 # The released training scripts, line by line, but for D's scales: 512p has two there, and three
@@ -265,11 +261,9 @@ PRESETS = {
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     # The slides' rivals are one network each: nothing to enhance, whatever the preset says.
     rival = {"enhancers": 0} if given.get("generator") in ("unet", "crn") else {}
-    cfg = Config(**{"preset": preset} | PRESETS.get(preset, {}) | rival | given)
+    cfg = Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | rival | given)
     if cfg.stage in ("enhancer", "joint") and not cfg.init:
         notice(f"--stage {cfg.stage} without --init: G1 starts from random weights")
     return cfg
@@ -296,9 +290,8 @@ class Doubling(nn.ConvTranspose2d):
     """Transposed convolution, (B, c_in, H, W) -> (B, c_out, 2 H, 2 W).
 
     Its 3 x 3 kernels overlap at every other pixel, so an untrained one makes a pattern of dots, and
-    training has to remove it. `smooth`, ours, takes the mean of each 2 x 2 window: of two
-    neighbours one is always an overlap, so a pattern that repeats every two pixels disappears, and
-    some sharpness with it.
+    training has to remove it. `smooth`, ours, takes the mean of each 2 x 2 window (smooth_grid):
+    the pattern disappears, and some sharpness with it.
     """
     smooth = False
 
@@ -307,12 +300,7 @@ class Doubling(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        if not self.smooth:                     # as in the paper and the release
-            return x
-        if torch.compiler.is_compiling():       # it cannot take the gradient of the next line's pad
-            x = torch.cat([x, x[..., -1:]], 3)
-            return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], 2), 2, 1)
-        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
+        return smooth_grid(x) if self.smooth else x     # without: as in the paper and the release
 
 
 def deconvolution(c_in: int, c_out: int) -> list[nn.Module]:
@@ -388,7 +376,7 @@ class Generator(nn.Module):
                  blocks: int = 9, enhancers: int = 1, enhancer_blocks: int = 3):
         super().__init__()
         self.multiple = 2 ** (downs + enhancers)
-        self.globe = GlobalGenerator(c_in, width, downs, blocks)
+        self.globe = GlobalGenerator(c_in, width, downs, blocks)    # "global" is a word of Python
         self.enhancers = nn.ModuleList(
             LocalEnhancer(c_in, width // 2 ** n, enhancer_blocks) for n in range(1, enhancers + 1))
         self.output = nn.Sequential(nn.Conv2d(width // 2 ** enhancers, c_out, 7, padding=3,
@@ -549,7 +537,8 @@ class Encoder(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.layers(x))[..., :x.shape[2], :x.shape[3]]  # made even
+        z = self.output(self.layers(x))         # halved and doubled, an odd side has become even
+        return z[..., :x.shape[2], :x.shape[3]]
 
 
 def instance_average(z: Tensor, region: Tensor) -> Tensor:
@@ -597,23 +586,6 @@ class ObjectMean(torch.autograd.Function):
         sums = sums.new_zeros(c, len(owner)).index_add(1, owner, sums)             # (C, objects)
         means = (sums / torch.bincount(owner, length, len(owner))).to(z.dtype)
         return means[:, owner].index_select(1, at).view(c, b, h, w).transpose(0, 1)
-
-
-def boundary_map(instance: Tensor) -> Tensor:
-    """1 where the object differs from any of the four neighbours (Sec. 3.3, Fig. 4).
-
-    instance (B, H, W) int64  ->  (B, 1, H, W) float. Both sides of a border are marked; the
-    image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
-    their values mean nothing. What tells touching cars apart is where one ends.
-    """
-    # Of each pair of neighbours that differ, both pixels are marked.
-    edge = torch.zeros_like(instance, dtype=torch.bool)
-    across, down = instance[:, :, 1:] != instance[:, :, :-1], instance[:, 1:] != instance[:, :-1]
-    edge[:, :, 1:] |= across
-    edge[:, :, :-1] |= across
-    edge[:, 1:] |= down
-    edge[:, :-1] |= down
-    return edge[:, None].float()
 
 
 def initialise(module: nn.Module) -> None:
@@ -793,7 +765,7 @@ def build(cfg: Config, device: torch.device) -> State:
     if cfg.stage == "enhancer":                 # what the stages before have trained, is frozen
         for part in (generator.globe, *generator.enhancers[:-1]):
             part.requires_grad_(False)
-    # Released code: E's maps are files in these stages, and files do not learn.
+    # Released code: in these stages E's maps are read from files, so E itself is not trained.
     if encoder is not None and cfg.stored_features and cfg.enhancers:
         encoder.requires_grad_(False)
     vgg = None                                  # only with a perceptual loss
@@ -944,20 +916,20 @@ def grow(state: State, before: Config, cfg: Config, device: torch.device) -> Sta
     return replace(new, stage=state.stage + 1)
 
 
-def train(cfg: Config) -> Path:
-    """All stages: from scratch, from --init, or on from the checkpoint in --out; their folder."""
+def train(cfg: Config, stored: dict | None = None) -> Path:
+    """All stages: from scratch, from --init, or on from a stored checkpoint; their folder."""
     device = pick_device(cfg)
     cfg, _, _ = open_data(cfg)
     stages = plan(cfg)                          # see the table of stages at the top
-    stored = left_off(cfg, stages)              # the checkpoint, with --resume
-    stage = stages[stored.get("stage", 0)]
+    stage = left_off(cfg, stages, stored) if stored else stages[0]
     state, (loader, test_set) = build(stage.cfg, device), open_stage(stage.cfg, stages, device)
-    if state.encoder is not None and stored.get("styles") == {}:     # killed before it had them?
-        common.fill(loader, stored.get("place"), f"{cfg.out}/checkpoint.pt: place")
+    if stored and state.encoder is not None and stored.get("styles") == {}:
+        where = f"{cfg.out}/checkpoint.pt"      # killed after its last step, before it had styles?
+        common.fill(loader, stored.get("place"), f"{where}: place")
         if loader.step >= loader.total:
-            load(state, Path(cfg.out, "checkpoint.pt"))
+            load(state, stored, where)
             return finish(stage.cfg, state, Path(cfg.out))
-    with Run(cfg, state, loader, test_set) as run:
+    with Run(cfg, state, loader, test_set, stored) as run:
         if loader.rank == 0:
             announce(stages)
         while not loader.over:
@@ -1065,12 +1037,20 @@ def generate(state: State, s: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def style_map(state: State, pair: dict, cfg: Config, seed: int | None = None,
+              vary: tuple[int, ...] = ()) -> Tensor:
+    """z (1, C, H, W): drawn with a seed, else the photo's own. Without an encoder C is 0."""
+    if state.encoder is None:
+        return pair["input"][:, :0]
+    if seed is None:
+        return style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
+    need_styles(state, cfg)
+    return draw_styles(state, pair["label"], pair["region"], seed, vary)
+
+
 def reconstruct(state: State, pair: dict, cfg: Config) -> Tensor:
     """G(s, E(x)): with the style of the photo itself, as in training. Without E, G(s)."""
-    z = pair["input"][:, :0]
-    if state.encoder is not None:
-        z = style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
-    return generate(state, pair["input"], z)
+    return generate(state, pair["input"], style_map(state, pair, cfg))
 
 
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
@@ -1085,15 +1065,6 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path)
             values = [picture_of(pair, cfg), synthesise(*brief)]
         tiles += [value.cpu() for value in values]
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
-
-
-def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
-    """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images, path, nrow=nrow, pad_value=1, normalize=True, value_range=(-1, 1))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
 
 
 # Styles (Sec. 3.4): what E says about every training object, clustered per class.
@@ -1226,25 +1197,10 @@ def draw_styles(state: State, label: Tensor, region: Tensor, seed: int,
     return z
 
 
-@torch.no_grad()
 def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0,
                vary: tuple[int, ...] = ()) -> Tensor:
     """The test-time image (1, 3, H, W): no photo is seen, styles are drawn."""
-    z = pair["input"][:, :0]                    # no numbers per object without an encoder
-    if state.encoder is not None:
-        need_styles(state, cfg)
-        z = draw_styles(state, pair["label"], pair["region"], seed, vary)
-    return generate(state, pair["input"], z)
-
-
-def class_id(name: str | int, table: common.ClassTable) -> int:
-    """A class by its name or its number."""
-    if name in table.names:
-        return table.names.index(name)
-    if str(name).isdecimal() and int(name) < table.channels:
-        return int(name)
-    raise UserError(f"class {name}: choose a number below {table.channels}, or one of "
-                    + ", ".join(table.names))
+    return generate(state, pair["input"], style_map(state, pair, cfg, seed, vary))
 
 
 def scenes(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:
@@ -1267,12 +1223,10 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
                         "no --vary; train with --features 3 for more")
     items, target = scenes(cfg, size), Path(cfg.output or Path(cfg.out, "test"))
     vary = tuple(class_id(name, class_table(cfg.classes)) for name in cfg.vary)
-    name = common.output_names(items, cfg.input, target, cfg.samples)
-    for i in tqdm(range(len(items)), unit="image", disable=None):
-        pair = test_pair(items[i], state, cfg)
-        for k in range(cfg.samples):
-            save_images(synthesise(state, pair, cfg, cfg.seed + k, vary).cpu(), name(i, k))
-    print(f"{len(items) * cfg.samples} image(s): {target}")
+    for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
+        pair = test_pair(item, state, cfg)
+        for k, path in enumerate(paths):
+            save_images(synthesise(state, pair, cfg, cfg.seed + k, vary).cpu(), path)
     return target
 
 
@@ -1295,15 +1249,11 @@ class Editor:
         pair = test_pair(item, state, cfg)
         self.label = pair["label"][0].clone()
         self.instance = pair.get("instance", pair["label"])[0].clone()
-        self.z = pair["input"][0, :0].clone()   # no numbers per object without an encoder
-        if state.encoder is not None:           # the photo's own styles, or drawn ones
+        if state.encoder is not None:           # set_style asks for them
             need_styles(state, cfg)
-            with torch.no_grad():
-                self.z = (style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
-                          if "image" in pair else
-                          draw_styles(state, pair["label"], pair["region"], seed))[0].clone()
-            for _, number, _, value in self.objects():
-                self.z[:, self.instance == number] = value[:, None]
+        self.z = style_map(state, pair, cfg, None if "image" in pair else seed)[0].clone()
+        for _, number, _, value in self.objects():
+            self.z[:, self.instance == number] = value[:, None]
 
     def objects(self) -> list[tuple[int, int, float, Tensor]]:
         """(class, id, share of the image, style) of every object, the largest first."""
@@ -1341,8 +1291,8 @@ class Editor:
         return bool((self.instance[self.label == kind] != kind).any())
 
     def free_id(self, kind: int) -> int:
-        """The id for a new object: stuff joins its like or has the class as its id, things have
-        class * 1000 + k. An id that something else has is never taken."""
+        """The id for a new object. Stuff, like a road, takes the id that its class has here, or the
+        number of its class; a thing takes class * 1000 + k, with a k that is still free."""
         used = set(self.instance.unique().tolist())
         number = kind * 1000
         same = self.instance[self.label == kind]
@@ -1385,12 +1335,11 @@ class Editor:
         if hole.all():
             raise UserError(f"object {number}: fills the image; nothing borders on it")
         self.keep()
-        hole, things = hole.clone(), torch.zeros_like(hole)
-        for kind in self.label.unique().tolist():
-            things |= (self.label == kind) & self.countable(kind)
+        kinds = [kind for kind in self.label.unique().tolist() if self.countable(kind)]
+        things = torch.isin(self.label, self.label.new_tensor(kinds))
         left = -1
         while hole.any():                       # a pixel a turn, from all four sides
-            things &= int(hole.sum()) != left   # stuck between things only: then these must do
+            things &= int(hole.sum()) != left   # nothing has grown: then things may grow, too
             left = int(hole.sum())
             for shift, axis in ((1, 1), (-1, 1), (-1, 0), (1, 0)):
                 source = (hole | things).roll(shift, axis)     # roll wraps round: the first line
@@ -1454,10 +1403,7 @@ class Editor:
 def edit(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """The mode edit: the changes in their order, a picture of before and after, the objects."""
     items = scenes(cfg, size)
-    if cfg.item and cfg.item not in items.names:
-        raise UserError(f"--item {cfg.item}: not in the test split, which has "
-                        + ", ".join(items.names[:5]) + ", ...")
-    item = items[items.names.index(cfg.item) if cfg.item else 0]
+    item = items.named(cfg.item)
     editor = Editor(state, cfg, item, cfg.seed)
     before = [editor.picture(), editor.render()]
     for text in cfg.edits:
@@ -1627,16 +1573,14 @@ def stage_of(stored: dict, where: str | Path) -> Stage:
         raise UserError(f"{where}: damaged, or of another version ({error})")
 
 
-def left_off(cfg: Config, stages: list[Stage]) -> dict:
-    """With --resume the checkpoint, whose stage no setting may move to another epoch; else {}."""
-    path = Path(cfg.out, "checkpoint.pt")
-    stored = read(path) if cfg.resume else {}
-    begun, n = stage_of(stored, path).first if stored else 0, stored.get("stage", 0)
+def left_off(cfg: Config, stages: list[Stage], stored: dict) -> Stage:
+    """The stage of a run that goes on, which no setting may move to another epoch."""
+    begun, n = stage_of(stored, Path(cfg.out, "checkpoint.pt")).first, stored["stage"]
     if stages[n].first != begun:
         raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
                         f"stage {n + 1}, which began at epoch {begun}, to {stages[n].first}; only "
                         "the last stage can grow")
-    return stored
+    return stages[n]
 
 
 def open_stage(cfg: Config, stages: list[Stage], device: torch.device,
@@ -1720,9 +1664,8 @@ def read(*paths: str | Path) -> dict:
     return content
 
 
-def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
-    """What files have of the networks, or (--resume) everything, goes into state."""
-    stored, where = read(*paths), " ".join(map(str, paths))
+def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+    """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
     if not names:
@@ -1733,7 +1676,7 @@ def load(state: State, *paths: str | Path, everything: bool = False) -> dict:
             common.fill(value, stored.get(name), f"{where}: {name}")
         else:                                   # a tensor, a number, or None
             setattr(state, name, stored.get(name))
-    return stored
+    stored.clear()                              # no second copy stays in memory
 
 
 class Run:
@@ -1743,14 +1686,15 @@ class Run:
     Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
     """
 
-    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset):
+    def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
+                 stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
         self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
         path = Path(cfg.out, "checkpoint.pt")
-        if cfg.resume:
-            stored = load(state, path, everything=True)
+        if stored:                              # --resume
             common.fill(loader, stored.get("place"), f"{path}: place")
             self.log = stored.get("log", [])
+            load(state, stored, str(path), everything=True)
         elif cfg.out and path.exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
@@ -1852,9 +1796,8 @@ class Run:
 
 # ---------------------------------------------------------------------------- 8 Command line
 
-def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
+def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
     """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    where, stored = " ".join(map(str, paths)), read(*paths)
     ours = "script" in stored
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{where}: released weights know no dataset; say --input or --data")
@@ -1871,7 +1814,7 @@ def stored_config(paths: tuple, given: dict, free: set[str]) -> Config:
         if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
             notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
                    f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": (), "out": str(Path(paths[0]).parent)} | given)
+    cfg = replace(cfg, **{"init": ()} | given)
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
         common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
@@ -1884,18 +1827,21 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
         Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
     paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    if mode not in ("train", "check", "trace"):
-        cfg = at_stage(stored_config(paths, given, FREE_AT_TEST), given, paths)
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, *paths)
-        run_mode(mode, cfg, state, given)
-        return
-    if given.get("resume"):
-        cfg = stored_config(paths, given, FREE)
+    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
+    if testing or given.get("resume"):
+        stored, given = read(*paths), {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
     else:
+        stored = None
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if mode == "train":
-        train(cfg)
+    if testing:
+        cfg = at_stage(cfg, given, stored, where)
+        state = build(replace(cfg, **ALONE), pick_device(cfg))
+        ours = "script" in stored
+        load(state, stored, where)
+        run_mode(mode, cfg, state, given, ours)
+    elif mode == "train":
+        train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
                           Path(cfg.out or common.free_folder("check")))
@@ -1905,29 +1851,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def in_order(words: list[str]) -> list[str]:
     """--set, --style, ... as --edits, which collects them in the order of the command line."""
-    rest, out = list(words), []
-    while rest:
-        word, sign, value = rest.pop(0).partition("=")
-        name = word.removeprefix("--")
-        if word == name or name not in EDITS:
-            out.append(word + sign + value)
-            continue
-        if EDITS[name][0] and not sign and rest:
-            value = rest.pop(0)
-        out += ["--edits", f"{name} {value}".strip()]
+    rest, out = iter(words), []
+    for word in rest:
+        name, sign, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in EDITS:
+            out.append(word)
+        else:
+            value = next(rest, "") if EDITS[name][0] and not sign else value
+            out += ["--edits", f"{name} {value}".strip()]
     return out
 
 
-def at_stage(cfg: Config, given: dict, paths: tuple) -> Config:
+def at_stage(cfg: Config, given: dict, stored: dict, where: str) -> Config:
     """The config of the stage that a checkpoint is of: a run of several may be at an early one."""
     if cfg.stage != "all":                      # of one stage, or the authors'
         return plan(cfg)[0].cfg
-    stored = read(*paths)
-    size = stage_of(stored, paths[0]).cfg.size
+    size = stage_of(stored, where).cfg.size
     return replace(plan(cfg)[stored["stage"]].cfg, size=given.get("size", size))
 
 
-def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
+def run_mode(mode: str, cfg: Config, state: State, given: dict, ours: bool) -> None:
     """What is done with a trained network."""
     path = Path([*cfg.checkpoint, Path(cfg.out, "checkpoint.pt")][0])
     if mode != "encode" and not (fit(state.styles, 2, cfg) and fit(state.means, 1, cfg)):
@@ -1937,7 +1880,7 @@ def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
     elif mode == "edit":
         edit(cfg, state, given.get("size"))
     elif mode == "encode":
-        encode_again(cfg, state, path)
+        encode_again(cfg, state, path, ours)
     else:
         evaluate(cfg, state)
 
@@ -1949,9 +1892,9 @@ def fit(styles: dict, ndim: int, cfg: Config) -> bool:
         and v.shape[-1] == cfg.features for k, v in styles.items())
 
 
-def encode_again(cfg: Config, state: State, path: Path) -> None:
+def encode_again(cfg: Config, state: State, path: Path, ours: bool) -> None:
     """The mode encode: new styles, computed or read, into the checkpoint."""
-    if state.encoder is None or "script" not in read(path):
+    if state.encoder is None or not ours:
         raise UserError(f"{path}: has no encoder (--features 3), or is the authors' file, which "
                         "cannot hold styles; start a run from it with --init")
     if cfg.clusters_file:

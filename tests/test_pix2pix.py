@@ -113,7 +113,7 @@ def load_generator(change=lambda stored: stored) -> Generator:
     """Width 8, in float64, from a released file through the script's loader, without dropout."""
     torch.save(change(filled(released_generator(8, 8))), "latest_net_G.pth")
     state = pix2pix.State(Generator(width=8).double(), None, None, None)
-    pix2pix.load(state, "latest_net_G.pth")
+    pix2pix.load(state, pix2pix.read("latest_net_G.pth"), "latest_net_G.pth")
     return without_noise(state.generator)
 
 
