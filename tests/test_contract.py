@@ -383,6 +383,24 @@ def test_sampling_never_overwrites_its_input(row, runs):
     assert Path("in/a.png").read_bytes() == before
 
 
+@pytest.mark.parametrize("h, w", [(37, 53), (32, 9), (2, 3), (1, 33), (1, 1), (96, 64)])
+@pytest.mark.parametrize("name, multiple, least", [("pix2pix", 32, 32), ("pix2pixhd", 8, 16)])
+def test_translate_pads_by_reflection(name, multiple, least, h, w):
+    """numpy's reflection, repeated where the image is smaller than what it lacks; pix2pixHD asks
+    for twice G's multiple. Nothing at a multiple: pix2pix's Fig. 8."""
+    class Recorder(torch.nn.Module):
+        def forward(self, x):
+            self.seen = x
+            return x
+
+    x, G = torch.rand(1, 1, h, w), Recorder()
+    G.multiple = multiple
+    out = script_of(name).translate(G, x)
+    more = [(0, max(-side % multiple, least - side)) for side in (h, w)]
+    assert np.array_equal(G.seen[0, 0].numpy(), np.pad(x[0, 0].numpy(), more, "reflect"))
+    assert torch.equal(out, x)
+
+
 @each_row
 def test_evaluate_writes_its_metrics_and_repeats_them(row, runs):
     more = "--eval-samples 9" if row == "crn_imle" else SCORER

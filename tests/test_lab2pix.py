@@ -122,7 +122,7 @@ def test_what_each_norm_of_the_discriminator_cannot_see():
 
 
 def test_loud_weights_show_the_label_and_keep_z_weak():
-    """Another label changes X more than another z does, also after updates; usually reversed."""
+    """Another label changes X more than another z does, also after an update; usually reversed."""
     m = F.one_hot(torch.randint(0, 12, (8, 8, 8)), 12).movedim(-1, 1).float()
     m = m.repeat_interleave(8, 2).repeat_interleave(8, 3)
     for loud in (False, True):
@@ -130,7 +130,7 @@ def test_loud_weights_show_the_label_and_keep_z_weak():
         cfg = replace(configure("toy", version="V1", loud=loud), **wide)
         state = lab2pix.build(cfg, CPU)
         assert all((s.out.weight == 0).all() == loud for s in state.segmenter.scales)
-        for step in range(3):
+        for step in range(2):
             z, G = torch.randn(8, cfg.noise), state.generator
             with torch.no_grad():
                 of_z, of_label = G(z, m[:1].repeat(8, 1, 1, 1))[0], G(z[:1].repeat(8, 1), m)[0]
@@ -790,15 +790,14 @@ def test_learning_rates_and_ramp():
 
 
 def test_one_batch_can_be_overfitted():
-    """V2: in 20 steps on two photos the perceptual loss falls by half."""
-    cfg = replace(configure("toy"), **TINY | dict(lr=2e-3, width=8, d_width=4, gain=1.0),
-                  d_norm="both")
+    """V2: in 12 steps on two photos the perceptual loss falls by a third."""
+    cfg = replace(configure("toy"), **TINY | dict(lr=4e-3, gain=1.0), d_norm="both")
     data = common.Dataset("", "train", cfg.size, limit=2)
     batch = lab2pix.make_pair(torch.utils.data.default_collate([data[0], data[1]]), cfg)
     state = lab2pix.build(cfg, CPU)
     torch.manual_seed(0)
-    seen = [lab2pix.train_step(state, batch, cfg)["g_vgg"].item() for _ in range(20)]
-    assert np.mean(seen[-5:]) < 0.5 * seen[0], seen
+    seen = [lab2pix.train_step(state, batch, cfg)["g_vgg"].item() for _ in range(12)]
+    assert np.mean(seen[-3:]) < 0.67 * seen[0], seen
 
 
 def test_initialisation():

@@ -1062,25 +1062,6 @@ def test_encode_clusters_large_objects_and_averages_all(capsys):
     assert found.keys() - state.styles.keys()                       # the threshold left some out
 
 
-# ---------------------------------------------------------------------------------------- Translate
-
-@pytest.mark.parametrize("h, w", [(37, 53), (32, 9), (2, 3), (1, 33)])
-def test_translate_pads_by_reflection(h, w):
-    """numpy's reflection, repeated where the image is smaller; at least twice G's multiple."""
-    class Recorder(nn.Module):
-        multiple = 8
-
-        def forward(self, s):
-            self.seen = s
-            return s
-
-    s, G = torch.rand(1, 1, h, w), Recorder()
-    out = pix2pixhd.translate(G, s)
-    more = [max(-side % 8, 16 - side) for side in (h, w)]
-    expected = np.pad(s[0, 0].numpy(), ((0, more[0]), (0, more[1])), "reflect")
-    assert np.array_equal(G.seen[0, 0].numpy(), expected) and torch.equal(out, s)
-
-
 # ----------------------------------------------------------------- Editor: Sec. 4.3, Figs. 1 and 11
 
 @pytest.fixture
