@@ -7,7 +7,6 @@ check values come from the authors' own PyTorch networks, filled with sines and 
 import copy
 import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SCORER, TINY, fails, label_map, losses_of, paper_map, picture, place, size_of, stored, works)
+    SCORER, TINY, fails, four_numbers, grey_levels, losses_of, parameters, picture, place, size_of,
+    stored, works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -97,12 +97,6 @@ def sines(phase: float, batch: int = 1) -> torch.Tensor:
 A, B, C = sines(0.2), sines(1.0), sines(2.0)
 
 
-def four_numbers(t: torch.Tensor) -> list[float]:
-    h, w = t.shape[-2:]
-    return [t.mean().item(), t.std(correction=0).item(), t[0, 0, 0, 0].item(),
-            t[-1, -1, h // 2, w // 3].item()]
-
-
 def without_noise(G: Generator) -> Generator:
     for module in G.modules():
         module.deterministic = True
@@ -123,9 +117,12 @@ def load_discriminator(patch: int) -> PatchDiscriminator:
     return D
 
 
-def test_check_values_u_net():
-    """The U-Net is the authors': same keys, same order of skips, same numbers."""
-    G = load_generator()
+@pytest.mark.parametrize("prefix, left_out", [("", ()), ("module.", ("num_batches_tracked",))])
+def test_check_values_u_net(prefix, left_out):
+    """The U-Net is the authors': same keys, same order of skips, same numbers. Old files lack
+    num_batches_tracked; files of DataParallel carry "module." before each key."""
+    G = load_generator(lambda stored: {prefix + k: v for k, v in stored.items()
+                                       if k.rpartition(".")[2] not in left_out})
     with torch.no_grad():
         assert four_numbers(G(A)) == pytest.approx(
             [0.002880129, 0.230136235, 0.110957791, -0.328599492], abs=1e-6)
@@ -167,14 +164,6 @@ def test_check_values_losses():
         assert 100 * pix2pix.l1_loss(C, B).item() == pytest.approx(61.0423613097, rel=1e-6)
 
 
-def test_released_files_load_with_old_or_wrapped_keys():
-    """Old files lack num_batches_tracked; files of DataParallel carry "module." before each key."""
-    old = load_generator(lambda stored: {
-        "module." + k: v for k, v in stored.items() if "num_batches" not in k})
-    for ours, theirs in zip(old.parameters(), load_generator().parameters()):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("halvings, h, w", [(7, 128, 256), (8, 256, 256)])
 def test_released_files_give_the_authors_picture(halvings, h, w):
     """Run as a user does, beside plain modules in training mode, which is how the authors test."""
@@ -188,8 +177,7 @@ def test_released_files_give_the_authors_picture(halvings, h, w):
         y = net.model((torch.from_numpy(x).float() / 127.5 - 1).movedim(-1, 0)[None])[0]
     works("pix2pix", "sample --checkpoint latest_net_G.pth --input p.png --output o.png --seed 5 "
                      "--gpu -1")
-    expected = ((y + 1) * 127.5).movedim(0, -1).numpy()
-    assert expected.std() > 20 and np.abs(np.asarray(Image.open("o.png")) - expected).max() <= 1
+    assert grey_levels("o.png", y) <= 1
     works("pix2pix", "sample --checkpoint latest_net_G.pth --input p.png --output q.png --gpu -1 "
                      "--direction AtoB --task pairs")
     fails("pix2pix", "sample --checkpoint latest_net_G.pth --gpu -1", "--input")
@@ -202,33 +190,29 @@ def test_a_released_file_has_82_entries():
 
 # --------------------------------------------------------------------------- Parameters and FLOPs
 
-def count(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
-@pytest.mark.parametrize("arguments, parameters", [
+@pytest.mark.parametrize("arguments, number", [
     (dict(), 54_413_955), (dict(c_x=1, c_y=2), 54_409_858),
     (dict(bottleneck_norm=True), 54_414_979),
     (dict(c_x=1, c_y=2, bottleneck_norm=True), 54_410_882),
     (dict(skips=False), 39_075_459), (dict(c_x=1, c_y=2, skips=False), 39_072_386),
     (dict(levels=7), 41_828_995)])
-def test_generator_parameters(arguments, parameters):
+def test_generator_parameters(arguments, number):
     with torch.device("meta"):
-        assert count(Generator(**arguments)) == parameters
+        assert parameters(Generator(**arguments)) == number
 
 
-@pytest.mark.parametrize("arguments, parameters, side", [
+@pytest.mark.parametrize("arguments, number, side", [
     (dict(patch=1), 9_024, 256), (dict(patch=16), 139_585, 126), (dict(patch=34), 666_433, 62),
     (dict(patch=70), 2_768_705, 30), (dict(patch=142), 6_964_033, 14),
     (dict(patch=286), 11_159_361, 6), (dict(conditional=False), 2_765_633, 30),
     (dict(c_x=1, c_y=2), 2_765_633, 30)])
-def test_discriminator_parameters_and_map(arguments, parameters, side):
+def test_discriminator_parameters_and_map(arguments, number, side):
     """Parameters of the authors' networks, and the side of the map of verdicts for 256 x 256."""
     with torch.device("meta"):
         D = PatchDiscriminator(**arguments)
         x = torch.zeros(1, arguments.get("c_x", 3), 256, 256)
         y = torch.zeros(1, arguments.get("c_y", 3), 256, 256)
-        assert count(D) == parameters
+        assert parameters(D) == number
         assert D(x, y).shape == (1, 1, side, side)
 
 
@@ -280,27 +264,14 @@ def test_eq_1_generator_maximises_log_d():
 
 
 def test_eq_1_generator_learns_while_d_is_winning():
-    """Where D is sure (logit -30), log(1 - D) has no gradient left, and G's loss has one of -1."""
-    d_fake = torch.full((1, 1, 2, 2), -30.0, dtype=torch.float64, requires_grad=True)
+    """Where D is sure, log(1 - D) has no gradient left, and G's loss has one of -1. From logits: no
+    log(0), where a sigmoid and a log give infinity in float32."""
+    d_fake = torch.full((1, 1, 2, 2), -200.0, requires_grad=True)
     pix2pix.generator_loss(d_fake).backward()
     assert d_fake.grad.sum().item() == pytest.approx(-1, rel=1e-6)
-
-
-def test_eq_1_does_not_overflow():
-    """Logits: no log(0) at certainty, where a sigmoid and a log give infinity in float32."""
-    for sure in (-200.0, 200.0):
-        d = torch.full((1, 1, 2, 2), sure)
+    for d in (d_fake.detach(), -d_fake.detach()):
         losses = [*pix2pix.discriminator_loss(d, d), pix2pix.generator_loss(d)]
         assert all(math.isfinite(v) for v in losses) and sum(v.item() for v in losses) >= 100
-
-
-def test_eq_1_and_2_optimum_at_one_half():
-    """A D that cannot tell (logit 0) costs log 2 in all, half from each side; so does G's loss."""
-    d = torch.zeros(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    real, fake = pix2pix.discriminator_loss(d, d)
-    assert real.item() == fake.item() == pytest.approx(math.log(2) / 2)
-    (real + fake).backward()
-    assert d.grad.abs().max() < 1e-9
 
 
 def test_eq_2_unconditional_discriminator_does_not_see_x():
@@ -372,8 +343,12 @@ def test_eq_4_train_step_is_the_textbook_step(loss, weight):
     G, D = copy.deepcopy(state.generator), copy.deepcopy(state.discriminator)
     x, y = torch.rand(2, 2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     for _ in range(2):
+        before = copy.deepcopy([net for net in (state.generator, state.discriminator) if net])
         expected = textbook_step(G, D, x, y, loss, weight, lr=0.01)
         values = pix2pix.train_step(state, {"input": x, "image": y}, cfg)
+        for old, net in zip(before, (state.generator, state.discriminator)):
+            for p, q in zip(old.parameters(), net.parameters()):      # no other loss's gradient
+                torch.testing.assert_close(q.grad, (p - q) / 0.01, rtol=1e-6, atol=1e-8)
         assert {k: v.item() for k, v in values.items()} == pytest.approx(expected, rel=1e-6)
         assert not any(v.requires_grad for v in values.values())
     assert (state.discriminator is None) == (loss == "L1")
@@ -381,28 +356,6 @@ def test_eq_4_train_step_is_the_textbook_step(loss, weight):
         for p, q in zip(net.parameters() if net else (), copied.parameters() if net else ()):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
             assert p.requires_grad
-
-
-def test_eq_4_default_lambda_is_100_and_halves_are_real():
-    assert (Config().lambda_l1, Config().loss) == (100.0, "L1+cGAN")
-
-
-def test_gradients_reach_exactly_g_or_d():
-    """With D's step of size zero, D still has the gradient of its own loss only; G's only G's."""
-    cfg = Config(size=(32, 32), levels=5, width=2, patch=16)
-    state = small_state(cfg, lr=0.0)
-    G, D = state.generator, state.discriminator
-    x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
-    pix2pix.train_step(state, {"input": x, "image": y}, cfg)
-    y_hat = G(x)
-    bce = F.binary_cross_entropy_with_logits
-    real, fake, judged = D(x, y), D(x, y_hat.detach()), D(x, y_hat)
-    loss_d = 0.5 * bce(real, torch.ones_like(real)) + 0.5 * bce(fake, torch.zeros_like(fake))
-    for p, g in zip(D.parameters(), torch.autograd.grad(loss_d, list(D.parameters()))):
-        torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-8)
-    loss_g = bce(judged, torch.ones_like(judged)) + 100 * (y_hat - y).abs().mean()
-    for p, g in zip(G.parameters(), torch.autograd.grad(loss_g, list(G.parameters()))):
-        torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-8)
 
 
 def test_optimisers_are_the_papers():
@@ -493,20 +446,16 @@ def test_statistics_are_the_batchs_at_test_time():
         assert torch.equal(before, G(x)) and torch.equal(before, G.train()(x))
 
 
-def test_translate_does_not_move_the_running_averages():
-    state = pix2pix.build(Config(size=(32, 32), levels=5, width=4), CPU)
-    G = pix2pix.test_time(state, Config(size=(32, 32), levels=5, width=4))
-    before = copy.deepcopy(G.state_dict())
-    pix2pix.translate(G, torch.randn(2, 3, 32, 32))
-    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
-
-
 def test_translate_takes_each_image_alone():
-    """One image at a time: a batch equals its members one by one, which a plain pass does not."""
-    G = without_noise(Generator(width=4, levels=5))
+    """One image at a time: a batch equals its members one by one, which a plain pass does not. Nor
+    does it move the running averages."""
+    cfg = Config(size=(32, 32), levels=5, width=4)
+    G = without_noise(pix2pix.test_time(pix2pix.build(cfg, CPU), cfg))
     x = torch.randn(3, 3, 64, 64) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1)
+    before = copy.deepcopy(G.state_dict())
     alone = torch.cat([pix2pix.translate(G, one[None]) for one in x])
     assert torch.equal(pix2pix.translate(G, x), alone)
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
     with torch.no_grad():
         assert (G(x) - alone).abs().max() > 1e-3
 
@@ -589,38 +538,6 @@ def test_levels_follow_the_size(size, levels):
 
 
 # ------------------------------------------------------------------------------------- Translate
-
-@pytest.mark.parametrize("h, w", [(37, 53), (1, 1), (1, 40), (300, 200), (5, 64)])
-def test_translate_gives_the_size_of_its_input(h, w):
-    G = Generator(c_x=2, c_y=3, width=2, levels=5)
-    out = pix2pix.translate(G, torch.rand(2, 2, h, w))
-    assert out.shape == (2, 3, h, w) and out.isfinite().all() and not out.requires_grad
-
-
-def test_translate_is_g_itself_at_a_multiple():
-    """Sec. 4.4, Fig. 8: at a size that needs no padding, only G acts, fully convolutionally."""
-    G = without_noise(Generator(width=2, levels=5))
-    x = torch.rand(1, 3, 96, 64)
-    with torch.no_grad():
-        assert torch.equal(pix2pix.translate(G, x), G(x))
-
-
-@pytest.mark.parametrize("h, w", [(37, 53), (32, 9), (2, 3), (1, 33)])
-def test_translate_pads_by_reflection(h, w):
-    """numpy's reflection, repeated where the image is smaller than what it lacks."""
-    class Recorder(nn.Module):
-        multiple = 32
-
-        def forward(self, x):
-            self.seen = x
-            return x
-
-    x, G = torch.rand(1, 1, h, w), Recorder()
-    out = pix2pix.translate(G, x)
-    expected = np.pad(x[0, 0].numpy(), ((0, -h % 32), (0, -w % 32)), "reflect")
-    assert np.array_equal(G.seen[0, 0].numpy(), expected)
-    assert torch.equal(out, x)
-
 
 def test_torch_export_agrees_with_eager():
     for skips in (True, False):
@@ -821,55 +738,15 @@ def test_bf16_keeps_losses_and_weights_in_float32():
     assert all(p.dtype == torch.float32 for p in state.generator.parameters())
 
 
-# -------------------------------------------------------------------------------- Map and wording
-
-def test_paper_map_lists_every_equation_table_and_figure():
-    listed = set()
-    for entry in paper_map(pix2pix):
-        for kind, first, last in re.findall(r"(Eq\.|Table|Fig\.) \(?(\d+)\)?(?:-(\d+))?", entry):
-            listed |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
-    missing = ({("Eq.", n) for n in range(1, 5)} | {("Table", n) for n in range(1, 7)}
-               | {("Fig.", n) for n in range(1, 22)}) - listed
-    assert not missing
-
-
-def test_every_equation_is_tagged_at_its_function():
-    for function, tags in ((pix2pix.discriminator_loss, ("Eq. (1)", "(2)")),
-                           (pix2pix.generator_loss, ("Eq. (1)", "(2)")),
-                           (pix2pix.l1_loss, ("Eq. (3)",)), (pix2pix.train_step, ("Eq. (4)",))):
-        assert all(tag in function.__doc__ for tag in tags), function.__name__
-
-
 # ------------------------------------------------------------------------------------ As a program
 
 PIX2PIX = TINY["pix2pix"]
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    works("pix2pix", f"{PIX2PIX} --steps 2 --out {tmp_path_factory.mktemp('runs') / 'r'}")
-    return next(tmp_path_factory.getbasetemp().glob("runs*/r"))
 
 
 def test_l1_alone_has_no_discriminator():
     works("pix2pix", f"{PIX2PIX} --steps 1 --loss L1 --out r")
     assert stored("r")["discriminator"] is None and stored("r")["opt_d"] is None
     assert losses_of("r")[0].keys() == {"step", "epoch", "g_l1"}
-
-
-@pytest.mark.parametrize("extra", [
-    "--task photo2labels", "--task colorization", "--task inpainting", "--one-hot", "--loss GAN",
-    "--generator encoder-decoder", "--bottleneck-norm", "--first-dropout 2 --size 64 64",
-    "--no-jitter", "--no-mirror", "--levels 4 --size 64 64", "--lambda-l1 10", "--no-smooth",
-    "--betas 0.9 0.99", "--patch 34", "--loss L1+GAN", "--width 5"])
-def test_every_setting_trains_samples_and_changes_the_result(extra, two_steps):
-    """Two steps, one more after resuming, two outputs: nothing that a flag selects is broken."""
-    works("pix2pix", f"{PIX2PIX} --steps 2 --out r {extra}")
-    assert losses_of("r") != losses_of(two_steps)
-    works("pix2pix", "--resume --steps 3 --out r")
-    works("pix2pix", "sample --out r --limit 2 --samples 2 --output o")
-    side = stored("r")["config"]["size"][0]
-    assert [size_of(path) for path in Path("o").iterdir()] == [(side, side)] * 4
 
 
 @pytest.mark.parametrize("task", ["colorization", "inpainting", "pairs"])
@@ -884,17 +761,6 @@ def test_training_and_sampling_on_files(task):
     assert size_of("o.png") == (29, 41)
     assert "FCN-score" not in works("pix2pix", "evaluate --out r")     # no label maps
     assert json.loads(Path("r/metrics.json").read_text())["images"] == 3
-
-
-def test_fig_8_the_size_at_test_time_is_free():
-    """A network trained at one size runs at another; its depth is that of its training."""
-    works("pix2pix", f"{PIX2PIX} --steps 1 --out r")
-    works("pix2pix", "sample --out r --size 64 64 --limit 1 --output o")
-    assert [size_of(p) for p in Path("o").iterdir()] == [(64, 64)]
-    label_map("a.png")
-    works("pix2pix", "sample --out r --input a.png --output one.png --eval-mode --seed 3")
-    works("pix2pix", "sample --out r --input a.png --output two.png --eval-mode --seed 4")
-    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()     # no noise is left
 
 
 def test_tables_1_to_3_and_figure_7_beside_the_papers():
