@@ -427,7 +427,7 @@ COLUMNS = {
     "fits": "class validity: share of regions whose mean colour is that of some mode",
     "valid": "joint precision: share of pictures all of whose regions are of one mode"}
 DRAWS = 32                                      # of the law, to compare with
-JUDGE = dict(width=16, steps=1200)               # with 600 the median of the law is as good as photos
+JUDGE = dict(width=16, steps=1200)     # after 600 the law's median is still on par with photos
 
 
 def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
