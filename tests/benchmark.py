@@ -245,6 +245,8 @@ def seconds_with(name: str, threads: int, options: argparse.Namespace) -> float:
     """Seconds of a step, by the clock; 0 threads: as the scripts choose."""
     if threads:
         torch.set_num_threads(threads)
+    else:
+        common.choose_threads()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         script, cfg = configure(name, options)
         work = work_of(name, script, cfg, torch.device("cpu"))
@@ -263,18 +265,20 @@ def turn() -> None:
 
 def threads_table(options: argparse.Namespace) -> None:
     """Steps of the toy presets, alone and beside as many computing processes as there are cores."""
+    cores = os.cpu_count() or 1
     busy = [multiprocessing.get_context("spawn").Process(target=turn, daemon=True)
-            for _ in range(os.cpu_count() or 1)]
+            for _ in range(cores)]
     print(f"\nSeconds of a step of the toy presets, by the clock: with the scripts' own number of "
-          f"threads and\nwith one; alone, and beside {len(busy)} processes that compute.")
-    line("configuration", "alone", "1 thread", "busy", "1 thread", "busy, own/1")
+          f"threads, with\none, and with {cores}; alone, and beside {cores} processes that compute.")
+    line("configuration", "alone", "1 thread", "all", "busy", "1 thread", "all", "busy, own/1")
     names, alone_, beside = list(TOY)[:1 if options.quick else None], {}, {}
     for found in (alone_, beside):
         if found is beside:
             for process in busy:
                 process.start()
         for name in names:
-            found[name] = [alone(seconds_with, name, n, options, fork=False) for n in (0, 1)]
+            found[name] = [alone(seconds_with, name, n, options, fork=False)
+                           for n in (0, 1, cores)]
     for process in busy:
         process.terminate()
     for name in names:
