@@ -15,8 +15,10 @@ import re
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import CodeType
 from typing import NamedTuple
@@ -232,6 +234,23 @@ def label_map(path: Path | str, h: int = 37, w: int = 53) -> Path:
     """Blocks of twelve ids."""
     blocks = np.arange(12, dtype=np.uint8).reshape(3, 4)
     return save(path, blocks[np.arange(h)[:, None] * 3 // h, np.arange(w) * 4 // w])
+
+
+def png(h: int, w: int, depth: int, colour: int, lines: bytes) -> bytes:
+    """A file that Pillow would not write: `lines` is what is said to be its pixels."""
+    def chunk(tag: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+    header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+def edges_of(ids: np.ndarray) -> np.ndarray:
+    """Which pixels of (H, W) have a neighbour of another id: above, below, to the left or right."""
+    p = np.pad(ids, 1, "edge")
+    beside = p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]
+    return np.any([ids != other for other in beside], 0)
 
 
 def size_of(path: Path | str) -> tuple[int, int]:

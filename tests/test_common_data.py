@@ -11,14 +11,12 @@ import os
 import random
 import re
 import signal
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused, save
+from conftest import png, refused, save
 from PIL import Image
 
 import common
@@ -48,18 +46,11 @@ def example(root: Path, name, label, image=None, instance=None) -> None:
         save(root / f"train_inst/{name}.png", instance)
 
 
-def png(header: bytes, lines: bytes) -> bytes:
-    chunk = lambda tag, data: (struct.pack(">I", len(data)) + tag + data
-                               + struct.pack(">I", zlib.crc32(tag + data)))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
-
-
 def packed_png(ids: np.ndarray, depth: int) -> bytes:
     """A grey PNG of 1, 2 or 4 bits; the last two Pillow does not write."""
     bits = np.stack([ids >> k & 1 for k in reversed(range(depth))], 2).reshape(len(ids), -1)
     lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, 1))
-    return png(struct.pack(">IIBBBBB", *ids.shape[::-1], depth, 0, 0, 0, 0), lines)
+    return png(*ids.shape, depth, 0, lines)
 
 
 def pgm(maxval: int) -> bytes:
@@ -415,8 +406,7 @@ UNREADABLE = {                                       # as ids: other values woul
     "lossless webp": lambda p: Image.fromarray(photo(1)).save(p, "WEBP", lossless=True),
     "pgm of 15 greys": lambda p: p.write_bytes(pgm(15)),
     "bitmap, 1 is black": lambda p: Image.fromarray(IDS > 3).save(p, "PPM"),
-    "colours of 16 bit": lambda p: p.write_bytes(png(
-        struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0), bytes(13)))}
+    "colours of 16 bit": lambda p: p.write_bytes(png(1, 2, 16, 2, bytes(13)))}
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)

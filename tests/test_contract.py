@@ -168,7 +168,7 @@ EVERY = {
         --rebalance mask --modules 3 --noise-channels 2""",
     "lab2pix-full": """--first label --form eq5 --no-edges --released-losses --ttur --no-decay
         --ablation A_s --jitter --no-mirror --vgg16-raw --vgg19-raw""",
-    "lab2pix-V1": """--smooth --d-norm spectral --loud --test-norm running
+    "lab2pix-V1": """--no-smooth --d-norm instance --no-loud --test-norm running
         --task edges --form v1code --no-dgnorm
         --ablation A_u""",
     "pix2pix": """--task photo2labels

@@ -13,15 +13,14 @@ import io
 import os
 import pickle
 import shutil
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, SCORER, SCRIPTS, Trap, as_user, fails, save, shell, stored, works
+from conftest import (
+    NAMES, SCORER, SCRIPTS, Trap, as_user, fails, png, save, shell, stored, works)
 from PIL import Image
 
 WITH_INSTANCES = ("lab2pix", "pix2pixhd")                 # the others do not read these files
@@ -135,16 +134,6 @@ def encoded(kind: str, pixels: np.ndarray | None = None) -> bytes:
 def flipped(data: bytes, at: int) -> bytes:
     """One byte changed, as a bad disk or a bad cable does."""
     return data[:at] + bytes([data[at] ^ 255]) + data[at + 1:]
-
-
-def bomb(side: int = 60000) -> bytes:
-    """A PNG of a hundred bytes that promises 3.6 gigapixels."""
-    def chunk(tag: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
-            + chunk(b"IEND", b""))
 
 
 def numpy_file() -> bytes:
@@ -292,7 +281,8 @@ BROKEN = {
     "half a GIF": encoded("GIF")[:900], "half a WebP": encoded("WEBP")[:900],
     "half a TIFF": encoded("TIFF")[:900], "the head of a PNG": encoded("PNG")[:30],
     "a PNG with a wrong bit": flipped(encoded("PNG"), 900), "a numpy array": numpy_file(),
-    "an archive": b"PK\x03\x04" + bytes(100), "a bomb": bomb(), "a pickle": pickle.dumps(Trap()),
+    "an archive": b"PK\x03\x04" + bytes(100), "a bomb": png(60000, 60000, 8, 2, bytes(99)),
+    "a pickle": pickle.dumps(Trap()),
     "a program in PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\nshowpage\n"}
 SOME = ("of no bytes", "of text", "half a PNG", "a PNG with a wrong bit", "a bomb",
         "a program in PostScript")

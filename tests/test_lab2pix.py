@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCORER, fails, grey_levels, label_map, picture, save, size_of, works
+from conftest import SCORER, edges_of, fails, grey_levels, label_map, picture, save, size_of, works
 from conftest import TINY as LINES
 from PIL import Image
 from torch import nn
@@ -1134,19 +1134,6 @@ def shake(net: nn.Module) -> nn.Module:
                 for hook in module._forward_pre_hooks.values():
                     hook(module, None)
     return net.eval()
-
-
-def edges_of(ids: np.ndarray) -> np.ndarray:
-    edge = np.zeros(ids.shape, bool)
-    for axis in (0, 1):
-        for step in (-1, 1):
-            moved = np.roll(ids, step, axis)
-            index = [slice(None)] * 2
-            index[axis] = 0 if step == 1 else -1
-            other = moved != ids
-            other[tuple(index)] = False
-            edge |= other
-    return edge
 
 
 @pytest.mark.parametrize("data, n, ups, encoder, size", [

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    as_user, assert_same, assert_same_state, fails, four_numbers, grey_levels, label_map, losses_of,
-    parameters, picture, place, refused, save, size_of, stored, works)
+    as_user, assert_same, assert_same_state, edges_of, fails, four_numbers, grey_levels, label_map,
+    losses_of, parameters, picture, place, refused, save, size_of, stored, works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -633,34 +633,18 @@ def test_boundary_map_from_its_definition():
     ids = torch.randint(0, 3, (3, 6, 7)) + 65530
     edges = pix2pixhd.boundary_map(ids)
     assert edges.shape == (3, 1, 6, 7) and edges.dtype == torch.float32
-    for b, i, j in itertools.product(range(3), range(6), range(7)):
-        around_it = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
-        differs = any(ids[b, r, c] != ids[b, i, j] for r, c in around_it
-                      if 0 <= r < 6 and 0 <= c < 7)
-        assert edges[b, 0, i, j] == differs
-
-
-def naive_average(z: np.ndarray, region: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(z)
-    for b, c in itertools.product(range(z.shape[0]), range(z.shape[1])):
-        for number in set(region[b].ravel().tolist()):
-            pixels = [k for k in np.ndindex(region[b].shape) if region[b][k] == number]
-            mean = sum(z[b, c][k] for k in pixels) / len(pixels)
-            for k in pixels:
-                out[b, c][k] = mean
-    return out
+    assert np.array_equal(edges[:, 0], [edges_of(each) for each in ids.numpy()])
 
 
 def test_instance_average_from_its_definition():
     """Batch items with equal ids do not mix, and ids may be large and far apart. The gradient of a
     mean: what reaches the pixels of an object, averaged over it."""
-    z, g = RNG.normal(0, 1, (2, 3, 2, 6, 7))
-    region = np.array([0, 1, 26000, 65535])[RNG.integers(0, 4, (3, 6, 7))]
-    variable = torch.from_numpy(z).requires_grad_()
-    ours = pix2pixhd.instance_average(variable, torch.from_numpy(region))
-    assert ours.detach().numpy() == pytest.approx(naive_average(z, region), abs=1e-12)
-    gradient, = torch.autograd.grad(ours, variable, torch.from_numpy(g))
-    assert gradient.numpy() == pytest.approx(naive_average(g, region), abs=1e-12)
+    z, g = torch.from_numpy(RNG.normal(0, 1, (2, 3, 2, 6, 7)))
+    region = torch.tensor([0, 1, 26000, 65535])[torch.randint(0, 4, (3, 6, 7))]
+    ours = pix2pixhd.instance_average(z.requires_grad_(), region)
+    torch.testing.assert_close(ours, loops_average(z, region), rtol=0, atol=1e-12)
+    gradient, = torch.autograd.grad(ours, z, g)
+    torch.testing.assert_close(gradient, loops_average(g, region), rtol=0, atol=1e-12)
 
 
 def test_instance_average_of_a_large_region_is_exact():
@@ -865,10 +849,7 @@ def test_released_files_paint_the_authors_pictures(shared, city):
         label, region = np.asarray(image).astype(np.int64), np.asarray(ids).astype(np.int64)
         photo = torch.from_numpy(np.asarray(x).astype(np.float32) / 127.5 - 1).movedim(-1, 0)[None]
     one_hot = F.one_hot(torch.from_numpy(label), 35).movedim(-1, 0)[None].float()
-    edge = torch.zeros(1, 1, 64, 64)
-    for r, c in np.ndindex(64, 64):
-        edge[0, 0, r, c] = float(any(region[r, c] != region[a, b] for a, b in (
-            (r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)) if 0 <= a < 64 and 0 <= b < 64))
+    edge = torch.from_numpy(edges_of(region))[None, None].float()
     s = torch.cat([one_hot, edge], 1)
     nets = {"G1": ReleasedG(35, 4, 0, 2, 2), "G2": ReleasedG(36, 2, 1, 2, 2),
             "GE": ReleasedG(39, 2, 1, 2, 2), "E": ReleasedE(2), "RGB": ReleasedG(3, 4, 0, 2, 2)}
@@ -887,7 +868,7 @@ def test_released_files_paint_the_authors_pictures(shared, city):
          "--item 1 --output d.png")
     with Image.open("d.png") as image:                     # label map and photo; below, the same
         image.crop((68, 2, 132, 66)).save("photo.png")
-    z = torch.from_numpy(naive_average(nets["E"](photo).numpy(), region[None]))
+    z = loops_average(nets["E"](photo), torch.from_numpy(region)[None])
     assert grey_levels("photo.png", nets["GE"](torch.cat([s, z], 1))[0]) <= 1
     # Their clusters file, a centre per class, read into a run that starts from their weights.
     draw = np.random.default_rng(0)
