@@ -1587,9 +1587,8 @@ def shadows(scene: Scene) -> list:
         reach = -scene.sun * .55 * height
         a, b = t.x - half + min(reach, 0), t.x + half + max(reach, 0)
         far, near = t.z + length, t.z + .05
-        quads.append((True, [(t.x - half, 0, near), (t.x + half, 0, near), (t.x + half, 0, far),
-                             (t.x - half, 0, far)]))
-        quads.append((False, [(a, 0, near), (b, 0, near), (b, 0, far), (a, 0, far)]))
+        for soft, x0, x1 in ((True, t.x - half, t.x + half), (False, a, b)):
+            quads.append((soft, [(x0, 0, near), (x1, 0, near), (x1, 0, far), (x0, 0, far)]))
         if t.kind == "tree":
             crown = disc(t.x - scene.sun * .5 * t.height, t.z + 1.5, 0, .25 * t.height)
             quads.append((False, [(x, 0, max(z, 1)) for x, z, _ in crown]))
@@ -2207,6 +2206,28 @@ def scored_target(label: Tensor, table: ClassTable) -> Tensor:
 
 
 @torch.enable_grad()                            # evaluation runs without; this trains
+def train_scorer(net: FCN8s, train: Dataset, device: torch.device, steps: int, batch_size: int,
+                 lr: float) -> None:
+    """Cross-entropy on real photos. The rate rises in the first tenth of the steps, and falls in
+    the second half."""
+    optimiser = torch.optim.Adam(net.to(device).train().parameters(), fused=True)
+    bar, batches = tqdm(range(steps), "FCN-8s on real photos", unit="step", disable=None), iter(())
+    for step in bar:
+        batch = next(batches, None)
+        if batch is None:                       # the next pass, with new crops
+            train.epoch = step
+            batches = iter(torch.utils.data.DataLoader(train, batch_size, shuffle=True))
+            batch = next(batches)
+        target = scored_target(batch["label"].to(device), train.table)
+        loss = F.cross_entropy(net(batch["image"].to(device)), target, ignore_index=255)
+        rate = lr * min(1, 10 * (step + 1) / steps, 2 - 2 * step / steps)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
 def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str = "imagenet",
                width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 0) -> FCN8s:
     """The scorer for a dataset: read from `folder`, else trained on its photos and kept there.
@@ -2217,8 +2238,8 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
     was trained on Cityscapes. Scores by another compare with each other and with its row for the
     real test photos, not with the paper's numbers.
 
-    lr: 0 means 1e-4, and 1e-3 where the weights begin at random: the toy presets' scorer then labels
-    92 % of the pixels of held-out streets right, with 1e-4 88 %.
+    lr: 0 means 1e-4, and 1e-3 where the weights begin at random: the toy presets' scorer then
+    labels 92 % of the pixels of held-out streets right, with 1e-4 88 %.
 
     A kept scorer is used again while the settings and the files (by size and time of change) are
     those that it was made from.
@@ -2246,27 +2267,7 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
     if weights == "random":
         notice("the scorer starts from random weights, not from ImageNet's")
     vgg_weights(net.trunk, 16, weights)
-    net.to(device).train()
-    optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    bar = tqdm(total=steps, desc="FCN-8s on real photos", unit="step", disable=None)
-    step = 0
-    while step < steps:
-        train.epoch = step                      # new crops in every pass
-        for batch in torch.utils.data.DataLoader(train, batch_size, shuffle=True):
-            logits = net(batch["image"].to(device))
-            target = scored_target(batch["label"].to(device), train.table)
-            loss = F.cross_entropy(logits, target, ignore_index=255)
-            for group in optimiser.param_groups:            # up at first, from half-way on down
-                group["lr"] = lr * min(1, 10 * (step + 1) / steps, 2 - 2 * step / steps)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            step += 1
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if step == steps:
-                break
-    bar.close()
+    train_scorer(net, train, device, steps, batch_size, lr)
     torch.set_rng_state(rng_state)
     train.epoch = epoch
     save_file({"made": made, "scorer": net.state_dict()}, cache)
