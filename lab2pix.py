@@ -1692,8 +1692,8 @@ def evaluate(cfg: Config, state: State) -> dict:
     device, out = next(generator.parameters()).device, Path(cfg.out)
     table, scorer = class_table(cfg.classes) if cfg.task == "labels" else None, None
     if table is not None:                       # trained once, and kept beside the runs
-        scorer = common.fcn_scorer(dataset(cfg, "train", limit=0), out.parent, device, cfg.vgg,
-                                   cfg.scorer_width, cfg.scorer_steps)
+        scorer = common.fcn_scorer(dataset(cfg, "train", limit=0, jitter=False), out.parent, device,
+                                   cfg.vgg, cfg.scorer_width, cfg.scorer_steps)
     known = not test_set.unpaired and bool(test_set.roles & {"image", "B", "pair"})
     photos = test_set if known else dataset(cfg, "train").has("image")
     nets, confusion, pairwise = feature_networks(cfg, device), {}, []

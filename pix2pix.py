@@ -694,8 +694,9 @@ def evaluate(cfg: Config, state: State) -> dict:
     device = next(generator.parameters()).device
     table, scorer = class_table(cfg.classes) if cfg.classes else None, None
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
-        scorer = common.fcn_scorer(dataset(cfg, "train", limit=0), out.parent, device, cfg.vgg,
-                                   cfg.scorer_width, cfg.scorer_steps)
+        photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
+        scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg, cfg.scorer_width,
+                                   cfg.scorer_steps)
     scored = table is not None and cfg.task in ("labels2photo", "photo2labels")
     confusion, histograms, l1, tiles = {}, {}, [], []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):

@@ -269,7 +269,7 @@ def threads_table(options: argparse.Namespace) -> None:
     busy = [multiprocessing.get_context("spawn").Process(target=turn, daemon=True)
             for _ in range(cores)]
     print(f"\nSeconds of a step of the toy presets, by the clock: with the scripts' own number of "
-          f"threads, with\none, and with {cores}; alone, and beside {cores} processes that compute.")
+          f"threads, with\none, and with {cores}; alone, and beside {cores} that compute.")
     line("configuration", "alone", "1 thread", "all", "busy", "1 thread", "all", "busy, own/1")
     names, alone_, beside = list(TOY)[:1 if options.quick else None], {}, {}
     for found in (alone_, beside):
