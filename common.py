@@ -2450,6 +2450,11 @@ def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> N
           + "; losses: " + ", ".join(f"{name} {value}" for name, value in losses.items()))
 
 
+def run_of(path: str | Path) -> str:
+    """The run's folder that a checkpoint lies in; "" for other weights, the authors' for example."""
+    return str(Path(path).parent) if Path(path).name == "checkpoint.pt" else ""
+
+
 def free_folder(kind: str) -> Path:
     """The next free runs/<kind>-N, claimed by making it."""
     for n in itertools.count(1):

@@ -2089,7 +2089,7 @@ def main(arguments: list[str] | None = None) -> None:
     paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
     where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
     if testing or given.get("resume"):
-        stored, given = read(*paths), {"out": str(Path(paths[0]).parent)} | given
+        stored, given = read(*paths), {"out": common.run_of(paths[0])} | given
         cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
     else:
         stored = None
@@ -2097,6 +2097,8 @@ def main(arguments: list[str] | None = None) -> None:
     if testing:
         state = build(replace(cfg, **ALONE), pick_device(cfg))
         load(state, stored, where)
+        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
+            cfg = replace(cfg, out=str(common.free_folder(NAME)))
         run_mode(mode, cfg, state, given)
     elif mode == "train":
         train(cfg, stored)
