@@ -12,17 +12,17 @@ from conftest import NAMES, TINY, as_user
 
 def test_energy_distance_is_0_for_the_law_and_finds_one_mode_or_one_mean():
     """Colours black .7 or white .3, by hand, over E|Y - Y'| = 2 (.7) (.3) = .42."""
-    law = (torch.rand(400, 30, 1, generator=torch.Generator().manual_seed(0)) < .3).float()
-    law, owner = law.expand(-1, -1, 3), torch.arange(400) // 2
+    law = (torch.rand(200, 24, 1, generator=torch.Generator().manual_seed(0)) < .3).float()
+    law, owner = law.expand(-1, -1, 3), torch.arange(200) // 2
     distance = lambda x: benchmark.energy_distance(x, law, owner)
     assert distance(law[:, :1]) == pytest.approx(0, abs=.03)             # a true photo of each
-    shared = law[:1, :4].expand(400, -1, -1)                             # all layouts, one noise
+    shared = law[:1, :4].expand(200, -1, -1)                             # all layouts, one noise
     share = shared[0, :, 0].mean().item()
     mixed = share * .7 + (1 - share) * .3
     within = 2 * share * (1 - share) * 4 / 3
     assert distance(shared) == pytest.approx((2 * mixed - within - .42) / .42, abs=.03)
-    assert distance(torch.zeros(400, 1, 3)) == pytest.approx((.6 - .42) / .42, abs=.03)
-    assert distance(torch.full((400, 1, 3), .3)) == pytest.approx((.84 - .42) / .42, abs=.03)
+    assert distance(torch.zeros(200, 1, 3)) == pytest.approx((.6 - .42) / .42, abs=.03)
+    assert distance(torch.full((200, 1, 3), .3)) == pytest.approx((.84 - .42) / .42, abs=.03)
 
 
 def test_edges_are_the_laplacian_and_flat_has_none():
