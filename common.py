@@ -2451,7 +2451,7 @@ def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> N
 
 
 def run_of(path: str | Path) -> str:
-    """The run's folder that a checkpoint lies in; "" for other weights, the authors' for example."""
+    """The folder of the run that a checkpoint is of; "" for other weights, like the authors'."""
     return str(Path(path).parent) if Path(path).name == "checkpoint.pt" else ""
 
 

@@ -132,7 +132,7 @@ class Config:
     data: str = setting("", "folder, in any known layout; none: the built-in streets")
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
     size: tuple[int, int] = setting((256, 512), "height, width in pixels, Sec. 4.2", POSITIVE)
-    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
     # The network. Both models are one generator: a crn has k outputs and no noise, an imle has one
     # output, d channels of noise beside the label map, and the noise encoder. Ours, not in the
     # paper: a crn whose best output is chosen for the whole image, and noise that is one vector.

@@ -183,7 +183,7 @@ class Config:
     size: tuple[int, int] = setting((256, 512), "height, width in pixels, Sec. 5.2", POSITIVE)
     jitter: bool = setting(False, "enlarge by 286/256 and crop; released code, COCO and ADE20K")
     mirror: bool = setting(True, "flip left and right, half the time; released code")
-    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
     # The generator. Every width is a multiple of `width`: 64 gives the networks of the paper, less
     # gives thin ones of the same form. One block stands before or after each doubling, so `ups`
     # also says how small the first feature is: the image's sides by 2^ups. `first`, `dgnorm`, `pg`

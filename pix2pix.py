@@ -107,7 +107,7 @@ class Config:
     size: tuple[int, int] = setting((256, 256), "height, width in pixels, Sec. 6.2", POSITIVE)
     jitter: bool = setting(True, "resize to 286/256 of the size, crop at random, Sec. 6.2")
     mirror: bool = setting(True, "flip left and right, half the time, Sec. 6.2")
-    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
     # The networks. G and D have the same width; width 64 is the paper's, and G has then 54 million
     # parameters, D 2.8 million.
     generator: str = setting("unet", "Table 2, Sec. 6.1.1", ("unet", "encoder-decoder"))

@@ -57,8 +57,8 @@ Paper                             | Released code                     | Here
     Eq. (1) with logs, trained as | least squares; its log form drops | least squares; --gan log,
       least squares               |   the sigmoid                     |   from logits
     G minimises log(1 - D)        | its log form: -log D              | --gan log: -log D
-    VGG layers not named          | relu1_1 .. relu5_1, weights 1/32, | as released
-                                  |   1/16, 1/8, 1/4, 1               |
+    VGG layers not named          | relu1_1 .. relu5_1, weights 1/32, | as released; reversed if
+                                  |   1/16, 1/8, 1/4, 1               |   the VGG is random, ours
     VGG's input not stated        | [-1, 1], not normalised           | as released; --vgg-normalise
     D's loss: a sum               | half the sum                      | half
     order of updates not stated   | both gradients, then G, then D    | as released
@@ -138,7 +138,7 @@ class Config:
     size: tuple[int, int] = setting((1024, 2048), "height, width in pixels, Sec. 3.2", POSITIVE)
     crop: tuple[int, int] = setting((0, 0), "train enhancers on windows; 0: whole images", COUNT)
     mirror: bool = setting(True, "flip left and right, half the time; released code")
-    limit: int = setting(0, "use the first so many examples; 0: all", COUNT)
+    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
     # The networks. The defaults are G1 and G2 for 1024 x 2048 pixels: 183 million parameters, of
     # which the nine residual blocks of G1 hold 170 million.
     generator: str = setting("coarse-to-fine", "or the slides' rivals", (
@@ -162,6 +162,7 @@ class Config:
     lambda_vgg: float = setting(10.0, "weight of the perceptual loss, Sec. 4", COUNT)
     fm_mean: bool = setting(False, "released code: mean of Eq. (3) over the scales, not the sum")
     vgg: str = setting("imagenet", "VGG-19's weights, and the scorer's: imagenet, random, a file")
+    vgg_width: int = setting(64, "64 is VGG; less with random weights, for small studies", POSITIVE)
     vgg_normalise: bool = setting(False, "ImageNet's mean and deviation before VGG")
     # Training. The three numbers of epochs are those of the stages in the table above.
     stage: str = setting("all", "coarse to fine; or one stage alone, from --init; Sec. 3.2", (
@@ -642,17 +643,22 @@ VGG_LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1":
               "relu5_1": 1.0}
 
 
-def perceptual_loss(real: dict[str, Tensor], fake: dict[str, Tensor]) -> Tensor:
+def perceptual_loss(real: dict[str, Tensor], fake: dict[str, Tensor],
+                    random: bool = False) -> Tensor:
     """Sec. 4, unnumbered: sum_i ||F^(i)(x) - F^(i)(G(s))||_1 / M_i over layers of VGG-19.
 
     Paper: layers not named, weights equal. Released code: those above; the weights make up for
-    maps that shrink, and the authors found equal ones to work as well.
+    maps that shrink, and the authors found equal ones to work as well. They count on layers that
+    know objects; a random VGG's know the less the deeper they are. So, ours: with --vgg random the
+    weights are taken in reverse.
     """
+    weights = [*VGG_LAYERS.values()][::-1] if random else VGG_LAYERS.values()
     return sum(weight * (real[name] - fake[name]).abs().mean()
-               for name, weight in VGG_LAYERS.items())
+               for name, weight in zip(VGG_LAYERS, weights))
 
 
-def perceptual_term(vgg: nn.Module, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+def perceptual_term(vgg: nn.Module, x: Tensor, x_hat: Tensor,
+                    random: bool = False) -> tuple[Tensor, Tensor]:
     """The perceptual loss twice: its value, for the log, and a term of G's objective.
 
     A trick that saves memory. Of this loss G's backward pass needs nothing but the gradient g at
@@ -661,7 +667,7 @@ def perceptual_term(vgg: nn.Module, x: Tensor, x_hat: Tensor) -> tuple[Tensor, T
     """
     with torch.no_grad():                       # the photo's features are a target: no graph
         features = vgg(x)
-    loss = perceptual_loss(features, vgg(x_hat))
+    loss = perceptual_loss(features, vgg(x_hat), random)
     gradient, = torch.autograd.grad(loss, x_hat)
     return loss.detach(), (gradient * x_hat).sum()
 
@@ -770,8 +776,8 @@ def build(cfg: Config, device: torch.device) -> State:
         encoder.requires_grad_(False)
     vgg = None                                  # only with a perceptual loss
     if "VGG" in cfg.loss:                       # frozen from the start, and not in the checkpoint
-        vgg = dress(common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise), cfg,
-                    device)
+        vgg = dress(common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise,
+                                       width=cfg.vgg_width), cfg, device)
     state = State(generator, discriminator, encoder, vgg, adam(cfg, generator, encoder),
                   adam(cfg, discriminator))
     if cfg.init:                                # ours know their stage; the authors' have no config
@@ -836,7 +842,7 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     z = [] if E is None else [style_of_photo(E, x, batch["region"], cfg)]
     x_hat = G(torch.cat([s, *z], 1))            # "we replace G(s) with G(s, E(x))"       Sec. 3.4
     if "VGG" in cfg.loss:                       # before D: see perceptual_term
-        loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat)
+        loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat, cfg.vgg == "random")
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
 
     # G and E: the min in Eq. (4).

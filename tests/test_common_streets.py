@@ -165,6 +165,13 @@ def test_streets_are_drawn_by_the_law_too():
     assert .04 < np.mean(np.array(sky) < 90) < .40
 
 
+def test_there_are_as_many_training_streets_as_asked_for():
+    """Which photos are tested does not change with it."""
+    sizes = [len(common.Dataset(split=split, limit=limit))
+             for split in ("train", "test") for limit in (0, 3, 1000)]
+    assert sizes == [400, 3, 1000, 50, 3, 50]
+
+
 # --------------------------------------------------------------------- the photo and its style
 
 def test_photos_are_in_range_and_rendering_changes_nothing(oracles):

@@ -408,16 +408,19 @@ def test_eq_3_from_its_definition():
         assert maps[-1].grad is None and all(m.grad.any() for m in maps[:-1])
 
 
-def test_perceptual_loss_from_its_definition():
-    """Sec. 4: the mean over M_i elements of each layer, with the released weights 1/32 ... 1."""
+@pytest.mark.parametrize("random", [False, True])
+def test_perceptual_loss_from_its_definition(random):
+    """Sec. 4: the mean over M_i elements of each layer, with the released weights 1/32 ... 1; of a
+    random VGG the first layer weighs most."""
     names = ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"]
     real, fake = ({n: torch.from_numpy(RNG.normal(0, 1, (2, 2 + i, 4, 3)))
                    for i, n in enumerate(names)} for _ in "xg")
-    expected = 0.0
-    for name, weight in zip(names, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)):
+    expected, weights = 0.0, [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1]
+    for name, weight in zip(names, weights[::-1] if random else weights):
         x, g = real[name].numpy(), fake[name].numpy()
         expected += weight * sum(abs(x[k] - g[k]) for k in np.ndindex(x.shape)) / x.size
-    assert pix2pixhd.perceptual_loss(real, fake).item() == pytest.approx(expected, rel=1e-12)
+    loss = pix2pixhd.perceptual_loss(real, fake, random)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("normalise", [False, True])
