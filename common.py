@@ -860,29 +860,27 @@ def ignore_signals(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def idle_seconds() -> float:
+    """How long the machine's cores have been idle since it started, all together (Linux)."""
+    return int(Path("/proc/stat").read_text().split()[4]) / os.sysconf("SC_CLK_TCK")
+
+
 @functools.cache
-def choose_threads() -> None:
-    """All cores, unless other work keeps this machine so busy that one thread is faster.
+def choose_threads(span: float = 0.25) -> None:
+    """As many threads as cores are idle: all, unless other work keeps some of them busy.
 
     An operation in several threads ends with its last one; where each waits for a core in turn, all
-    wait most of the time. Both ways are measured once, for a fifth of a second. OMP_NUM_THREADS, if
-    set, decides instead.
+    wait most of the time. OMP_NUM_THREADS, if set, decides instead.
     """
     cores = torch.get_num_threads()
-    if cores == 1 or "OMP_NUM_THREADS" in os.environ:
+    if cores == 1 or "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists():
         return
-    x, weight, seconds = torch.zeros(1, 32, 64, 64), torch.zeros(32, 32, 3, 3), {cores: 0.0, 1: 0.0}
-    for _ in range(10):                         # in turns, since the other work comes and goes
-        for threads in seconds:
-            torch.set_num_threads(threads)
-            begun = time.perf_counter()
-            for _ in range(4):
-                F.conv2d(x, weight, padding=1)
-            seconds[threads] += time.perf_counter() - begun
-    if seconds[cores] < seconds[1]:
-        torch.set_num_threads(cores)
-    else:
-        notice(f"this machine is busy: one thread is faster now than {cores}")
+    before = idle_seconds()
+    time.sleep(span)
+    threads = max(1, min(cores, round((idle_seconds() - before) / span)))
+    torch.set_num_threads(threads)
+    if threads < cores:
+        notice(f"this machine is busy: {threads} thread(s) instead of {cores}")
 
 
 class Loader:

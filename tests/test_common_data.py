@@ -790,18 +790,19 @@ def test_the_loader_keeps_its_processes_and_goes_on_from_its_place(noisy):
     assert rest == [(epoch, i) for epoch, i, _ in seen[second.step - len(rest):]]
 
 
-@pytest.mark.parametrize("speed, expected", [({1: 1, 2: 3}, 1), ({1: 3, 2: 1}, 2)])
-def test_threads_are_the_faster_number_and_a_run_that_goes_on_keeps_it(
-        speed, expected, noisy, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="not Linux")
+@pytest.mark.parametrize("idle, expected", [(0, 1), (1.2, 1), (1.9, 2), (7, 4)])
+def test_threads_are_as_many_as_cores_are_idle_and_a_run_that_goes_on_keeps_them(
+        idle, expected, noisy, monkeypatch):
     """Convolutions round differently with other numbers of threads."""
-    clock, count = [0], [2]
+    assert common.idle_seconds() <= common.idle_seconds()
+    clock, count = [0.0], [4]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(common.F, "conv2d",
-                        lambda *_, **__: clock.__setitem__(0, clock[0] + speed[count[0]]))
+    monkeypatch.setattr(common.time, "sleep", lambda span: clock.__setitem__(0, idle * span))
+    monkeypatch.setattr(common, "idle_seconds", lambda: clock[0])
     common.choose_threads.cache_clear()
     loader = common.Loader(noisy(), 1, 0, CPU)
     assert count == [expected]
