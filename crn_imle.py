@@ -177,6 +177,7 @@ class Config:
     eval_samples: int = setting(100, "images per layout, nine of them taken, Sec. 4.3", POSITIVE)
     images: str = setting("", "score another model's NAME.png or NAME_1.png, ... of this folder")
     vgg: str = setting("imagenet", "VGG-19's weights: imagenet, random, or a file")
+    vgg_width: int = setting(64, "64 is VGG; less with random weights, for small studies", POSITIVE)
     # The machine. Several processes (torchrun) share the search and average their gradients; the
     # batch is then --batch-size times their number.
     gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
@@ -223,6 +224,12 @@ PRESETS = {
     "toy": dict(size=(64, 64), width=48, noise_channels=8, noise="broadcast", encoder_width=32,
                 layers=VGG_LAYERS[:2], epochs=8, pool=60, inner_steps=400, lr=2e-3, lr_drop=6,
                 keep_features=400, vgg="random", rebalance="none"),
+    # The same for half an hour, on wider images: three layers of a narrow VGG; twice as many
+    # searches, among twice as many candidates, so that a photo finds its palette, too.
+    "streets": dict(size=(64, 128), width=48, noise_channels=8, noise="broadcast", encoder_width=32,
+                    layers=VGG_LAYERS[:3], vgg_width=16, epochs=20, pool=60, candidates=20,
+                    inner_steps=300, lr=2e-3, lr_drop=15, keep_features=400, vgg="random",
+                    rebalance="none"),
 }
 
 
@@ -510,7 +517,8 @@ def build(cfg: Config, device: torch.device) -> State:
     the networks."""
     torch.manual_seed(cfg.seed)
     generator = dress(networks(cfg)[0], cfg, device)
-    vgg = dress(common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True), cfg, device)
+    vgg = dress(common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True,
+                                   width=cfg.vgg_width), cfg, device)
     adam = torch.optim.Adam(generator.parameters(), cfg.lr, fused=True)
     adam.register_step_pre_hook(average_gradients)
     balance = Balance(1 + len(cfg.layers), cfg.pixel_weight).to(device)
@@ -1375,7 +1383,7 @@ CALL = {"preset": ("train", "check", "trace"), "resume": ("train",), "checkpoint
 # What may differ from the checkpoint when a run goes on, and when it is tested.
 FREE = {"data", "epochs", "steps", "save_every", "search_batch", "keep_features", "gpu", "workers",
         "precision", "compile", "channels_last", "out", *CALL} - {"preset"}
-FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "eval_samples"}
+FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "vgg_width", "eval_samples"}
 ALONE = {"compile": False, "vgg": "random"}     # settings of a network that is tested, not trained
 
 

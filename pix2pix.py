@@ -179,6 +179,11 @@ PRESETS = {
     # decay then calms it within the few epochs that there are.
     "toy": dict(size=(128, 128), width=16, levels=5, epochs=8, lr=2e-3, decay=True, smooth=True,
                 vgg="random", scorer_width=16, scorer_steps=600),
+    # The same for half an hour: six times the steps; a D that sees a quarter of the side (34 pixels
+    # of 128, as the paper's 70 of 256); a smaller lambda, since the photos of one layout differ so
+    # much in light and paint that with 100 the L1 term decides almost alone for long.
+    "streets": dict(size=(128, 128), width=16, levels=5, patch=34, lambda_l1=20.0, epochs=50,
+                    lr=2e-3, decay=True, vgg="random", scorer_width=16, scorer_steps=1200),
 }
 PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: its halvings
 

@@ -257,6 +257,12 @@ PRESETS = {
                 smooth=True, scales=4, d_width=24, features=3, e_width=8, loss="GAN+FM",
                 lambda_fm=50.0, lr=3e-4, epochs=4, fine_epochs=4, enhancer_epochs=1, min_area=0.002,
                 vgg="random", scorer_width=16, scorer_steps=600),
+    # The same for an hour. With more steps the adversarial loss may have the paper's weight; the
+    # perceptual loss, by a random VGG, keeps small objects in shape.
+    "streets": dict(size=(128, 256), limit=800, width=32, downs=2, blocks=3, enhancer_blocks=2,
+                    smooth=True, scales=3, d_width=16, features=3, e_width=8, vgg="random",
+                    vgg_width=8, lambda_vgg=30.0, lr=6e-4, epochs=3, fine_epochs=7,
+                    enhancer_epochs=0, min_area=0.002, scorer_width=16, scorer_steps=1200),
 }
 
 

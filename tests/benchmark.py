@@ -556,36 +556,42 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
                   "colours": classes["colours"].nanmean().item()}, classes
 
 
-def yardstick(paths: list[str], options: argparse.Namespace) -> None:
-    """The table of runs, a block per size, below the law's own rows."""
+def measure(paths: list[str], options: argparse.Namespace, law: bool = True) -> dict:
+    """{size: {name: (row, values per class)}} of runs or weights, after the law's own rows."""
     torch.set_num_threads(options.threads)
     device = torch.device("cpu") if options.gpu < 0 else torch.device("cuda", options.gpu)
-    sizes = {}
+    sizes, found = {}, {}
     for path in paths:
         pictures = pictures_of(Path(path), options)
         sizes.setdefault(tuple(pictures.shape[-2:]), {})[path] = pictures
-    for size, models in sizes.items():
+    for size, rows in sizes.items():
         test_set = common.Dataset(split="test", size=size, limit=options.images)
         streets = [street_of(k, test_set[i], options.samples) for i, k in enumerate(test_set.files)]
         judge = common.fcn_scorer(common.Dataset(size=size), Path(options.folder),
                                   device, "random", **JUDGE)
         each = lambda make: torch.stack([make(street) for street in streets])
-        rows = {"photos": each(lambda s: s.photo[None]), "true samples": each(lambda s: s.sampled),
-                "without grain": each(lambda s: s.clean),
-                "median of the law": each(lambda s: s.law.median(0, True)[0]),
-                "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | models
-        print(f"\n{size[0]}x{size[1]}, {len(streets)} streets of the test split, "
+        if law:
+            rows = {"photos": each(lambda s: s.photo[None]), "true samples": each(
+                        lambda s: s.sampled), "without grain": each(lambda s: s.clean),
+                    "median of the law": each(lambda s: s.law.median(0, True)[0]),
+                    "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | rows
+        found[size] = {name: scores(pictures, streets, judge) for name, pictures in rows.items()}
+    return found
+
+
+def yardstick(paths: list[str], options: argparse.Namespace) -> None:
+    """The table of runs, a block per size, below the law's own rows."""
+    for size, rows in measure(paths, options).items():
+        print(f"\n{size[0]}x{size[1]}, {options.images} streets of the test split, "
               f"{options.samples} samples of each where there are several")
         line("", *COLUMNS)
-        classes = {}
-        for name, pictures in rows.items():
-            row, classes[name] = scores(pictures, streets, judge)
+        for name, (row, _) in rows.items():
             line(name[-25:], *(row.get(column, "-") for column in COLUMNS))
-        for measure in classes["photos"] if options.classes else ():
+        for kind in rows["photos"][1] if options.classes else ():
             print()
-            line(measure, *(name[:9] for name in common.STREETS))
-            for name, values in classes.items():
-                line(name[-25:], *values[measure].tolist())
+            line(kind, *(name[:9] for name in common.STREETS))
+            for name, (_, classes) in rows.items():
+                line(name[-25:], *classes[kind].tolist())
     print("\n" + "\n".join(f"{name:10} {meaning}" for name, meaning in COLUMNS.items()))
 
 

@@ -1,5 +1,6 @@
-"""benchmark.py's yardstick: each column on pictures whose value is known beforehand."""
+"""benchmark.py's yardstick: each column on pictures whose value is known beforehand; tables.py."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import benchmark
 import common
+import tables
 from conftest import NAMES, TINY, as_user
 
 
@@ -64,3 +66,26 @@ def test_pictures_are_what_the_script_samples(name, tmp_path):
     file = "street_1000001_3.png"
     as_user(name, f"sample --checkpoint {tmp_path}/run/checkpoint.pt --samples 3 --output o")
     assert torch.equal(pictures[1, 2], common.read_image(tmp_path / "o" / file) / 127.5 - 1)
+
+
+def test_an_order_holds_falls_or_lies_within_the_spread():
+    assert tables.verdict([3, 4, 5], [0, 1, 2]) == "holds"
+    assert tables.verdict([0, 1, 2], [3, 4, 5]) == "falls"
+    assert tables.verdict([3, 4, 5], [2.5, 3.5, 4.5]) == "within the spread"
+    assert tables.verdict([.2], [.2]) == "within the spread"             # one seed, a tie
+    assert tables.goodness("sharp", 1.5) == tables.goodness("sharp", .5) < 0
+    assert tables.goodness("colours", .1) > tables.goodness("colours", .2)
+
+
+def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    tiny = tables.of("pix2pix", ("IoU", "sharp", "colours"), f"{TINY['pix2pix']} --steps 2", {
+        "L1": ("--loss L1", .42), "L1+cGAN": ("", .66)})
+    monkeypatch.setattr(tables, "TABLES", {"one": tiny, "two": tiny})
+    monkeypatch.setattr(benchmark, "JUDGE", dict(width=2, steps=2))
+    words = f"tables --seeds 2 --images 2 --samples 2 --threads 1 --gpu -1 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", words.split())
+    tables.main()
+    said = capsys.readouterr().out
+    assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 4         # two rows, two seeds
+    assert len(re.findall(r"L1\+cGAN over L1: IoU (?:holds|falls|within)", said)) == 2
+    assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2

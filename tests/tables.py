@@ -1,0 +1,177 @@
+"""The papers' tables on the built-in streets, each row trained with several seeds.
+
+    python tests/tables.py                        all tables; those that are finished cost no time
+    python tests/tables.py pix2pix-1 --seeds 3    one of them
+    python tests/tables.py --list                 their names, rows and training commands
+
+A row is a mean and a standard deviation over seeds. "a over b" of the paper holds, falls, or lies
+within the spread: the means differ by less than the larger of the two standard deviations. Runs
+are kept in --out, named after a checksum of their command: tables share those that are equal, and a
+stopped one goes on.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common  # noqa: E402 (before torch: it says how torch's threads wait)
+
+import benchmark  # noqa: E402
+import torch  # noqa: E402
+
+
+def of(script: str, measures: tuple, common_flags: str, rows: dict, lower: tuple = ()):
+    """rows: {name: (flags, the paper's number or None)}. Measures are columns of the yardstick, or,
+    where it does not apply, entries of the script's own metrics.json; in `lower` less is better."""
+    return SimpleNamespace(script=script, measures=measures, flags=common_flags, rows=rows,
+                           lower=lower)
+
+
+SEEN = ("IoU", "sharp", "colours")
+PIX2PIX = "--preset toy --size 64 64 --patch 16 --no-smooth --epochs 6"
+HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
+      "--blocks 2 --d-width 16 --lr 4e-4 --lambda-fm 10 --limit 400 --epochs 3 --no-smooth")
+IMLE = "--preset toy --vgg-width 16"
+LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 4"
+TABLES = {
+    "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
+        "L1": ("--loss L1", .42), "GAN": ("--loss GAN", .22), "cGAN": ("--loss cGAN", .57),
+        "L1+GAN": ("--loss L1+GAN", .64), "L1+cGAN": ("", .66)}),
+    "pix2pix-2": of("pix2pix", SEEN, PIX2PIX, {
+        "encoder-decoder, L1": ("--generator encoder-decoder --loss L1", .35),
+        "encoder-decoder, L1+cGAN": ("--generator encoder-decoder", .29),
+        "U-Net, L1": ("--loss L1", .48), "U-Net, L1+cGAN": ("", .55)}),
+    "pix2pix-3": of("pix2pix", SEEN, PIX2PIX, {       # 2, 25, 53, 109 % of the side; paper 0 to 112
+        "1 x 1": ("--patch 1", .39), "16 x 16": ("", .65), "34 x 34": ("--patch 34", .66),
+        "70 x 70": ("--patch 70", .42)}),
+    "pix2pix-6": of("pix2pix", ("per-pixel acc", "class IOU"), PIX2PIX + " --task photo2labels", {
+        "L1": ("--loss L1", .86), "cGAN": ("--loss cGAN", .74), "L1+cGAN": ("", .83)}),
+    "pix2pixhd-losses": of("pix2pixhd", SEEN, HD, {   # how often preferred to the full loss, %
+        "GAN": ("--loss GAN", 31), "GAN+FM": ("--loss GAN+FM", 41),
+        "GAN+FM+VGG": ("--loss GAN+FM+VGG", 50)}),
+    "pix2pixhd-discriminators": of("pix2pixhd", SEEN, HD, {
+        "one": ("--scales 1", .578), "three": ("", .639)}),
+    "pix2pixhd-generators": of("pix2pixhd", SEEN, HD, {
+        "U-Net": ("--generator unet", .391), "CRN": ("--generator crn", .399),
+        "G1": ("", .639)}),
+    "pix2pixhd-boundary": of("pix2pixhd", SEEN, HD, {
+        "without": ("--no-boundary", None), "with": ("", None)}),
+    "imle-1": of("crn_imle", ("variance", "colours", "times"), IMLE, {
+        "CRN, untrained": ("--model crn --steps 1", None), "CRN, 800": ("--model crn --steps 800",
+        None), "CRN, 3200": ("--model crn", 2.87), "IMLE, untrained": ("--steps 1", None),
+        "IMLE, 800": ("--steps 800", None), "IMLE, 3200": ("", 3.42)}),
+    "lab2pix-1": of("lab2pix", SEEN, LAB2PIX + " --version V1", {
+        row: (f"--ablation {row}", fid) for row, fid in zip(
+            ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
+            (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=("paper",)),
+    "lab2pix-2": of("lab2pix", SEEN, LAB2PIX, {
+        row: (f"--ablation {row}", fid) for row, fid in zip(
+            ("A_s", "B_s", "C_s", "D_s", "E_s"), (57.4, 49.2, 48.0, 46.0, 45.5))},
+        lower=("paper",)),
+}
+LESS = {"colours"}                              # 0 is right
+ONE = {"sharp", "variance", "times"}            # 1 is right
+
+
+def commands(name: str, seeds: int) -> dict[tuple[str, int], str]:
+    """The training command of each row and seed, without its folder."""
+    table = TABLES[name]
+    return {(row, seed): " ".join(f"{table.flags} {flags} --seed {seed}".split())
+            for row, (flags, _) in table.rows.items() for seed in range(seeds)}
+
+
+def finish(script: str, command: str, out: Path, gpu: int) -> Path:
+    """The run of a command, trained to its end; a finished one is left as it is."""
+    words = ["--resume"] if (out / "checkpoint.pt").exists() else command.split()
+    try:
+        importlib.import_module(script).main([*words, "--out", str(out), "--gpu", str(gpu)])
+    except common.UserError as error:
+        if "finished at step" not in str(error):
+            raise
+    return out
+
+
+def values_of(table: SimpleNamespace, out: Path, options: argparse.Namespace) -> dict:
+    """The measures of a finished run, kept beside it."""
+    kept = out / "table.json"
+    if not kept.exists():
+        if set(table.measures) <= set(benchmark.COLUMNS):
+            (rows,) = benchmark.measure([str(out)], options, law=False).values()
+            found = rows[str(out)][0]
+        else:
+            importlib.import_module(table.script).main(
+                ["evaluate", "--out", str(out), "--gpu", str(options.gpu)])
+            found = json.loads((out / "test" / "metrics.json").read_text())
+        kept.write_text(json.dumps({m: found[m] for m in table.measures if m in found}))
+    return json.loads(kept.read_text())
+
+
+def goodness(measure: str, value: float) -> float:
+    """A value of which more is better."""
+    return -abs(value - 1) if measure in ONE else -value if measure in LESS else value
+
+
+def verdict(a: list[float], b: list[float]) -> str:
+    """Whether a lies above b over the seeds."""
+    gap = statistics.mean(a) - statistics.mean(b)
+    spread = max(map(statistics.stdev, (a, b))) if len(a) > 1 else 0.0
+    return "within the spread" if abs(gap) <= spread else "holds" if gap > 0 else "falls"
+
+
+def show(name: str, values: dict) -> None:
+    """The table, and what became of the paper's order: each row against the next better one."""
+    table = TABLES[name]
+    print(f"\n{name}, {table.script}.py {table.flags}")
+    print(f"{'':26}{'paper':>8}" + "".join(f"{m:>18}" for m in table.measures))
+    for row, (_, paper) in table.rows.items():
+        cells = []
+        for m in table.measures:
+            some = [v[m] for v in values[row] if m in v]
+            spread = f" ± {statistics.stdev(some):.3f}" if len(some) > 1 else ""
+            cells.append(f"{statistics.mean(some):.3f}{spread}" if some else "-")
+        print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(f"{c:>18}" for c in cells))
+    ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
+                    key=lambda r: table.rows[r][1] * (-1 if "paper" in table.lower else 1))
+    for low, high in zip(ranked, ranked[1:]):
+        said = [f"{m} {verdict(*([goodness(m, v[m]) for v in values[r]] for r in (high, low)))}"
+                for m in table.measures if all(m in v for r in (low, high) for v in values[r])]
+        print(f"    {high} over {low}: {', '.join(said)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TABLE", help="none: all")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per row (3)")
+    parser.add_argument("--out", default="runs/tables", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--images", type=int, default=20, help="of the test split (20)")
+    parser.add_argument("--samples", type=int, default=8, help="of each, where there are several")
+    options = parser.parse_args()
+    options.folder = str(Path(options.out, "judge"))
+    if unknown := set(options.names) - set(TABLES):
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    for name in options.names or TABLES:
+        values = {row: [] for row in TABLES[name].rows}
+        for (row, seed), command in commands(name, options.seeds).items():
+            if options.list:
+                print(f"{name}: python {TABLES[name].script}.py {command}")
+                continue
+            out = Path(options.out, f"{TABLES[name].script}-{zlib.crc32(command.encode()):08x}")
+            finish(TABLES[name].script, command, out, options.gpu)
+            values[row].append(values_of(TABLES[name], out, options))
+        if not options.list:
+            show(name, values)
+
+
+if __name__ == "__main__":
+    common.shell(main, "tables")
