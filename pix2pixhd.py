@@ -1302,13 +1302,14 @@ class Editor:
             return self.name(kind) in self.table.things
         return bool((self.instance[self.label == kind] != kind).any())
 
-    def free_id(self, kind: int) -> int:
-        """The id for a new object. Stuff, like a road, takes the id that its class has here, or the
-        number of its class; a thing takes class * 1000 + k, with a k that is still free."""
+    def free_id(self, kind: int, own: bool = False) -> int:
+        """The id for a new object: class * 1000 + k, with a k that is still free. But stuff, like a
+        road, takes the id that its class has here, or the number of its class, unless `own`: an
+        object that is made by an edit must not melt into all others of its class."""
         used = set(self.instance.unique().tolist())
         number = kind * 1000
         same = self.instance[self.label == kind]
-        if not self.countable(kind):
+        if not own and not self.countable(kind):
             if len(same):
                 return int(same.mode().values)
             number = number if kind in used else kind
@@ -1322,7 +1323,7 @@ class Editor:
         self.keep()
         if (self.label[mask] == kind).all():
             return self                         # it is one already
-        self.assign(mask, kind, self.free_id(kind))
+        self.assign(mask, kind, self.free_id(kind, own=True))
         return self
 
     def set_style(self, number: int, style: int) -> "Editor":
@@ -1342,8 +1343,11 @@ class Editor:
     def remove(self, number: int, name: str | int | None = None) -> "Editor":
         """Take an object out; a class, or the stuff that borders on it, grows into the hole."""
         hole = self.where(number)
-        if name is not None:
-            return self.set_class(number, name)
+        if name is not None:                    # the hole joins that class: no object of its own
+            kind = class_id(name, self.table)
+            self.keep()
+            self.assign(hole, kind, self.free_id(kind))
+            return self
         if hole.all():
             raise UserError(f"object {number}: fills the image; nothing borders on it")
         self.keep()
@@ -1373,7 +1377,7 @@ class Editor:
         kind = int(self.label[mask].mode().values)
         self.keep()
         value = self.z[:, mask][:, 0].clone()
-        number = self.free_id(kind) if self.countable(kind) else number
+        number = self.free_id(kind, own=True)
         self.assign(target, kind, number, value)
         return self
 
