@@ -903,7 +903,7 @@ def test_batch_norm_at_test_time():
     """V2: averages of training. V1: the image's own statistics, as in training on one image."""
     for version, tiny in (("V1", TINY_V1), ("V2", TINY)):
         cfg = replace(configure("toy", version=version), **tiny)
-        assert cfg.test_norm == {"V1": "image", "V2": "running"}[version]
+        assert configure(version=version).test_norm == {"V1": "image", "V2": "running"}[version]
         state, batch = lab2pix.build(cfg, CPU), batch_of(cfg)
         lab2pix.train_step(state, batch, cfg)
         one, z = batch["input"][:1], torch.randn(1, cfg.noise)
