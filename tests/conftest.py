@@ -47,10 +47,11 @@ BASE = "--limit 5 --batch-size 2 --epochs 2000 --save-every 3 --gpu -1"
 TINY = {
     "crn_imle": f"--size 32 32 --width 4 --layers conv1_1 --pool 4 --candidates 2 --inner-steps 2 "
                 f"--rebalance both --vgg random --lr 0.001 {BASE}",
-    "lab2pix": "--size 64 64 --width 2 --noise 4 --d-width 2 --ups 4 --discriminator patch --T 1 "
-               f"--scales 1 --no-dgnorm --lambda-5 0 --vgg random --vgg-width 2 --lr 0.0002 {BASE}",
-    "lab2pix-full": "--size 64 64 --width 2 --noise 4 --d-width 2 --ups 4 --vgg random "
-                    f"--vgg-width 2 --lr 0.0002 {BASE}",
+    "lab2pix": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 --T 1 "
+               "--discriminator patch --scales 1 --no-dgnorm --lambda-5 0 --vgg random --vgg-width 2 "
+               f"--lr 0.0002 {BASE}",
+    "lab2pix-full": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 "
+                    f"--vgg random --vgg-width 2 --lr 0.0002 {BASE}",
     "lab2pix-V1": "--version V1 --size 64 64 --width 2 --noise 4 --d-width 2 --ups 5 --s-width 2 "
                   f"--s-size 64 --vgg random --vgg-width 2 --lr 0.0002 {BASE}",
     "pix2pix": f"--size 32 32 --width 4 --patch 16 --lr 0.0002 {BASE}",

@@ -32,15 +32,31 @@ def is_exercise(cell) -> bool:
 
 
 def answered(notebook) -> int:
-    """Put the folded answer below each exercise in place of its gap; returns how many."""
-    n = 0
-    for cell, after in zip(notebook.cells, notebook.cells[1:]):
+    """Put the folded answer below each exercise in place of its gap; returns how many.
+
+    Before it, the plausible wrong answer that the exercise's metadata holds: its check must refuse
+    it, and say why.
+    """
+    cells, n = [], 0
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None]):
         if is_exercise(cell):
             answer = re.search(r"<details>.*?```python\n(.*?)```", after.source, re.DOTALL).group(1)
             gap, mark, check = cell.source.partition("# --- check")
-            assert "..." in gap and "assert" in check, cell.source
+            assert "..." in gap and re.search("assert|expect", check), cell.source
+            cells.append(nbformat.v4.new_code_cell(
+                REFUSED.format(repr(cell.metadata["wrong"] + "\n" + check))))
             cell.source, n = answer + mark + check, n + 1
+        cells.append(cell)
+    notebook.cells = cells
     return n
+
+
+REFUSED = """try:
+    exec({}, globals())
+except AssertionError as refusal:
+    assert str(refusal)
+else:
+    raise RuntimeError("the exercise accepts a wrong answer")"""
 
 
 @each_notebook
@@ -71,6 +87,15 @@ def test_the_code_that_it_shows_is_the_scripts(path):
     assert len(listings) > 4
     assert not [line for text in listings for line in text.splitlines()
                 if line.strip() not in lines]
+
+
+@each_notebook
+def test_numbers_that_the_text_quotes_from_the_committed_run_stand_in_its_outputs(path):
+    notebook = read(path)
+    prose = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for sentence in re.findall(r"[^.]*committed run(?:[^.]|\.\d)*", prose):
+        for number in re.findall(r"(?<![\w.])\d*\.\d+", sentence):
+            assert number.lstrip("0") in texts(notebook).replace("0.", "."), (number, sentence)
 
 
 def execute(path) -> nbformat.NotebookNode:

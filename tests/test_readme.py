@@ -59,6 +59,9 @@ def filled_in(name: str, words: str) -> str:
     if "--images" in words:
         return words.replace("DIR", "theirs") + " --limit 2"
     words = words.replace("DIR", "data").replace("FILE", "g/checkpoint.pt")
+    if "notebooks/weights" in words:
+        return words.replace("notebooks/weights", f"{SCRIPTS}/notebooks/weights") + (
+            " --limit 1" if "sample" in words else " --frames 2")
     if mode == "train" and "--resume" not in words:
         tiny = TINY[name]
         if "V1" in words or "C_u" in words:
@@ -118,8 +121,10 @@ def test_the_commands_for_several_processes_run():
 @pytest.mark.slow
 def test_the_other_commands():
     """The tools in their short forms; installing and testing is what CI does with these lines."""
-    bench, kill = (c.split(maxsplit=1)[1] for c in COMMANDS if "tests/" in c)
+    yardstick, tables, bench, kill = (c.split(maxsplit=1)[1] for c in COMMANDS if "tests/" in c)
     assert kill == "tests/kill.py" and (SCRIPTS / kill).exists()           # test_faults.py runs it
+    assert shell(f"{SCRIPTS}/{tables} --list").stdout.count("python pix2pix.py") == 15
+    assert "benchmark.py yardstick" in yardstick and (SCRIPTS / yardstick.split()[-1]).exists()
     small_cityscapes(Path("data"))
     result = shell(f"{SCRIPTS}/{bench.replace('DIR', 'data')} --quick --gpu -1", timeout=900)
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,50 @@
+"""The weights that the notebooks ship: each is small, is listed, and makes streets."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, works
+from PIL import Image
+
+WEIGHTS = sorted((SCRIPTS / "notebooks" / "weights").glob("*.pt"))
+LISTED = (SCRIPTS / "notebooks" / "weights" / "README.md").read_text()
+MODES = {"crn": ["sample"], "imle": ["sample --samples 2", "interpolate --frames 2", "transfer",
+                                     "video --frames 2", "edit --set car=road"],
+         "pix2pixhd": ["sample", "edit --item street_1000000"]}
+each = pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+
+
+def test_they_are_few_and_small():
+    assert len(WEIGHTS) >= 6
+    assert all(path.stat().st_size <= 4e6 for path in WEIGHTS)
+    assert sum(path.stat().st_size for path in WEIGHTS) <= 16e6
+
+
+@each
+def test_a_file_holds_half_precision_weights_and_no_optimiser(path):
+    stored = torch.load(path, weights_only=True)
+    assert stored.keys() <= {"script", "config", "stage", "generator", "encoder", "styles", "means"}
+    networks = [stored[name] for name in ("generator", "encoder") if stored.get(name)]
+    assert all(v.dtype == torch.half or not v.is_floating_point() or v.max() > 65504     # half's end
+               for n in networks for v in n.values())
+    assert not re.search(r"/\w", str({k: v for k, v in stored["config"].items() if v}))
+
+
+@each
+def test_its_line_of_the_list_names_the_command_that_trained_it(path):
+    stored = torch.load(path, weights_only=True)
+    line, = re.findall(rf"^\| `{path.name}` \|.*$", LISTED, re.MULTILINE)
+    assert f"python {stored['script']}.py --preset streets" in line
+
+
+@each
+def test_every_mode_takes_it_with_no_training_at_all(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = torch.load(path, weights_only=True)["script"]
+    for n, mode in enumerate(MODES.get(path.stem, ["sample"])):
+        works(script, f"{mode} --checkpoint {path} --limit 1 --gpu -1 --out {n}")
+        pictures = [np.asarray(Image.open(file).convert("RGB"), float) for kind in ("png", "gif")
+                    for file in tmp_path.glob(f"{n}/**/*.{kind}")]
+        assert pictures and all(p.std() > 10 for p in pictures)      # a street is not one colour
