@@ -48,8 +48,8 @@ TINY = {
     "crn_imle": f"--size 32 32 --width 4 --layers conv1_1 --pool 4 --candidates 2 --inner-steps 2 "
                 f"--rebalance both --vgg random --lr 0.001 {BASE}",
     "lab2pix": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 --T 1 "
-               "--discriminator patch --scales 1 --no-dgnorm --lambda-5 0 --vgg random --vgg-width 2 "
-               f"--lr 0.0002 {BASE}",
+               "--discriminator patch --scales 1 --no-dgnorm --lambda-5 0 --vgg random "
+               f"--vgg-width 2 --lr 0.0002 {BASE}",
     "lab2pix-full": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 "
                     f"--vgg random --vgg-width 2 --lr 0.0002 {BASE}",
     "lab2pix-V1": "--version V1 --size 64 64 --width 2 --noise 4 --d-width 2 --ups 5 --s-width 2 "
@@ -76,6 +76,29 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    items.sort(key=lambda item: item.originalname == EXECUTED)          # these come last
+
+
+EXECUTED = "test_it_runs_from_a_fresh_kernel_and_the_answers_are_right"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def execution(request, tmp_path_factory):
+    """The notebooks run beside all other tests, in a process of their own with one thread; each
+    that is finished lies in the folder. (folder, process)."""
+    paths = [str(item.callspec.params["path"]) for item in request.session.items
+             if item.originalname == EXECUTED]
+    if not paths:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("notebooks")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env.pop("MPLBACKEND", None)                 # figures belong into the notebook
+    command = [sys.executable, str(SCRIPTS / "tests" / "test_notebooks.py"), str(folder), *paths]
+    process = subprocess.Popen(command, env=env)
+    yield folder, process
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture(autouse=True)
