@@ -556,7 +556,7 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
                   "colours": classes["colours"].nanmean().item()}, classes
 
 
-def measure(paths: list[str], options: argparse.Namespace, law: bool = True) -> dict:
+def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> dict:
     """{size: {name: (row, values per class)}} of runs or weights, after the law's own rows."""
     torch.set_num_threads(options.threads)
     device = torch.device("cpu") if options.gpu < 0 else torch.device("cuda", options.gpu)
@@ -581,7 +581,7 @@ def measure(paths: list[str], options: argparse.Namespace, law: bool = True) -> 
 
 def yardstick(paths: list[str], options: argparse.Namespace) -> None:
     """The table of runs, a block per size, below the law's own rows."""
-    for size, rows in measure(paths, options).items():
+    for size, rows in judged(paths, options).items():
         print(f"\n{size[0]}x{size[1]}, {options.images} streets of the test split, "
               f"{options.samples} samples of each where there are several")
         line("", *COLUMNS)
