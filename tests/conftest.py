@@ -85,18 +85,19 @@ EXECUTED = "test_it_runs_from_a_fresh_kernel_and_the_answers_are_right"
 @pytest.fixture(scope="session", autouse=True)
 def execution(request, tmp_path_factory):
     """The notebooks run beside all other tests, in a process of their own with one thread; each
-    that is finished lies in the folder. (folder, process)."""
+    that is finished lies in the folder. (folder, process, what lay beside the notebooks before)."""
     paths = [str(item.callspec.params["path"]) for item in request.session.items
              if item.originalname == EXECUTED]
     if not paths:
         yield None
         return
     folder = tmp_path_factory.mktemp("notebooks")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    before = set((SCRIPTS / "notebooks").rglob("*"))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("MPLBACKEND", None)                 # figures belong into the notebook
     command = [sys.executable, str(SCRIPTS / "tests" / "test_notebooks.py"), str(folder), *paths]
     process = subprocess.Popen(command, env=env)
-    yield folder, process
+    yield folder, process, before
     process.terminate()
     process.wait()
 

@@ -111,7 +111,7 @@ def execute(path) -> nbformat.NotebookNode:
 @pytest.mark.slow
 @each_notebook
 def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, execution):
-    folder, process = execution
+    folder, process, before = execution
     file = folder / path.name
     while not file.exists():
         assert process.poll() is None or file.exists(), "see the traceback above"
@@ -120,9 +120,7 @@ def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, execution):
     assert "not filled in yet" not in texts(notebook)
     assert not [o for cell in notebook.cells for o in cell.get("outputs", [])
                 if o.get("name") == "stderr"]
-    left = {p.name for p in (SCRIPTS / "notebooks").rglob("*")}
-    usual = r"\.(ipynb|py|pyc|pt|md|jpg)$|^weights$|^__pycache__$|^\.ipynb_checkpoints$"
-    assert not [name for name in left if not re.search(usual, name)]        # it leaves no files
+    assert set((SCRIPTS / "notebooks").rglob("*")) == before
 
 
 if __name__ == "__main__":                      # conftest.py's `execution`
