@@ -113,19 +113,20 @@ def table(head, rows) -> None:
 
 
 def spread(values) -> str:
-    """Mean and standard deviation of a few seeds: "0.512 ± 0.013"."""
+    """Mean and standard deviation of a few seeds: "0.512 ± 0.013"; of one, "0.512"."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    return f"{values.mean():.3f} ± {values.std():.3f}"
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def verdict(a, b, larger: bool = True) -> str:
     """Whether a lies above b (below, with larger=False) on several seeds: holds, falls, or neither.
 
-    "within the spread": the means differ by less than the larger of the two standard deviations.
+    "within the spread": the means differ by no more than the larger of the two standard deviations,
+    which are 0 where there is one seed.
     """
     a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
     gap = (a.mean() - b.mean()) * (1 if larger else -1)
-    if gap.abs() <= max(a.std(), b.std()):
+    if gap.abs() <= max(x.std() if len(x) > 1 else 0 for x in (a, b)):
         return "within the spread"
     return "holds" if gap > 0 else "falls"
 

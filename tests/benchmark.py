@@ -16,6 +16,7 @@ same. Each configuration has a process of its own, so its memory is its own. On 
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import math
@@ -556,23 +557,30 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
                   "colours": classes["colours"].nanmean().item()}, classes
 
 
+@functools.cache
+def ruler(size: tuple[int, int], images: int, samples: int, folder: str, gpu: int) -> tuple:
+    """The test streets of a size with draws of their law, and the judge, trained if need be."""
+    device = torch.device("cpu") if gpu < 0 else torch.device("cuda", gpu)
+    test_set = common.Dataset(split="test", size=size, limit=images)
+    streets = [street_of(k, test_set[i], samples) for i, k in enumerate(test_set.files)]
+    return streets, common.fcn_scorer(common.Dataset(size=size), Path(folder), device, "random",
+                                      **JUDGE)
+
+
 def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> dict:
     """{size: {name: (row, values per class)}} of runs or weights, after the law's own rows."""
     torch.set_num_threads(options.threads)
-    device = torch.device("cpu") if options.gpu < 0 else torch.device("cuda", options.gpu)
     sizes, found = {}, {}
     for path in paths:
         pictures = pictures_of(Path(path), options)
         sizes.setdefault(tuple(pictures.shape[-2:]), {})[path] = pictures
     for size, rows in sizes.items():
-        test_set = common.Dataset(split="test", size=size, limit=options.images)
-        streets = [street_of(k, test_set[i], options.samples) for i, k in enumerate(test_set.files)]
-        judge = common.fcn_scorer(common.Dataset(size=size), Path(options.folder),
-                                  device, "random", **JUDGE)
+        streets, judge = ruler(size, options.images, options.samples, options.folder, options.gpu)
         each = lambda make: torch.stack([make(street) for street in streets])
         if law:
-            rows = {"photos": each(lambda s: s.photo[None]), "true samples": each(
-                        lambda s: s.sampled), "without grain": each(lambda s: s.clean),
+            rows = {"photos": each(lambda s: s.photo[None]),
+                    "true samples": each(lambda s: s.sampled),
+                    "without grain": each(lambda s: s.clean),
                     "median of the law": each(lambda s: s.law.median(0, True)[0]),
                     "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | rows
         found[size] = {name: scores(pictures, streets, judge) for name, pictures in rows.items()}
@@ -581,8 +589,9 @@ def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> d
 
 def yardstick(paths: list[str], options: argparse.Namespace) -> None:
     """The table of runs, a block per size, below the law's own rows."""
+    n = len(common.Dataset(split="test", limit=options.images))
     for size, rows in judged(paths, options).items():
-        print(f"\n{size[0]}x{size[1]}, {options.images} streets of the test split, "
+        print(f"\n{size[0]}x{size[1]}, {n} streets of the test split, "
               f"{options.samples} samples of each where there are several")
         line("", *COLUMNS)
         for name, (row, _) in rows.items():

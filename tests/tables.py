@@ -13,25 +13,25 @@ stopped one goes on.
 import argparse
 import importlib
 import json
-import statistics
 import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "notebooks")]
 
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
 import benchmark  # noqa: E402
 import torch  # noqa: E402
+from helpers import spread, verdict  # noqa: E402
 
 
-def of(script: str, measures: tuple, common_flags: str, rows: dict, lower: tuple = ()):
+def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False):
     """rows: {name: (flags, the paper's number or None)}. Measures are columns of the yardstick, or,
-    where it does not apply, entries of the script's own metrics.json; in `lower` less is better."""
-    return SimpleNamespace(script=script, measures=measures, flags=common_flags, rows=rows,
-                           lower=lower)
+    where it does not apply, entries of the script's own metrics.json. lower: the paper's numbers
+    are distances, of which less is better."""
+    return SimpleNamespace(script=script, measures=measures, flags=flags, rows=rows, lower=lower)
 
 
 SEEN = ("IoU", "sharp", "colours")
@@ -70,11 +70,11 @@ TABLES = {
     "lab2pix-1": of("lab2pix", SEEN, LAB2PIX + " --version V1", {
         row: (f"--ablation {row}", fid) for row, fid in zip(
             ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
-            (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=("paper",)),
+            (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=True),
     "lab2pix-2": of("lab2pix", SEEN, LAB2PIX, {
         row: (f"--ablation {row}", fid) for row, fid in zip(
             ("A_s", "B_s", "C_s", "D_s", "E_s"), (57.4, 49.2, 48.0, 46.0, 45.5))},
-        lower=("paper",)),
+        lower=True),
 }
 LESS = {"colours"}                              # 0 is right
 ONE = {"sharp", "variance", "times"}            # 1 is right
@@ -87,7 +87,7 @@ def commands(name: str, seeds: int) -> dict[tuple[str, int], str]:
             for row, (flags, _) in table.rows.items() for seed in range(seeds)}
 
 
-def finish(script: str, command: str, out: Path, gpu: int) -> Path:
+def finish(script: str, command: str, out: Path, gpu: int) -> None:
     """The run of a command, trained to its end; a finished one is left as it is."""
     words = ["--resume"] if (out / "checkpoint.pt").exists() else command.split()
     try:
@@ -95,13 +95,14 @@ def finish(script: str, command: str, out: Path, gpu: int) -> Path:
     except common.UserError as error:
         if "finished at step" not in str(error):
             raise
-    return out
 
 
-def values_of(table: SimpleNamespace, out: Path, options: argparse.Namespace) -> dict:
-    """The measures of a finished run, kept beside it."""
+def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace) -> dict:
+    """The measures of a command's run, kept beside it; trained if they are not there."""
+    out = Path(options.out, f"{table.script}-{zlib.crc32(command.encode()):08x}")
     kept = out / "table.json"
     if not kept.exists():
+        finish(table.script, command, out, options.gpu)
         if set(table.measures) <= set(benchmark.COLUMNS):
             (rows,) = benchmark.judged([str(out)], options, law=False).values()
             found = rows[str(out)][0]
@@ -118,13 +119,6 @@ def goodness(measure: str, value: float) -> float:
     return -abs(value - 1) if measure in ONE else -value if measure in LESS else value
 
 
-def verdict(a: list[float], b: list[float]) -> str:
-    """Whether a lies above b over the seeds."""
-    gap = statistics.mean(a) - statistics.mean(b)
-    spread = max(map(statistics.stdev, (a, b))) if len(a) > 1 else 0.0
-    return "within the spread" if abs(gap) <= spread else "holds" if gap > 0 else "falls"
-
-
 def show(name: str, values: dict) -> None:
     """The table, and what became of the paper's order: each row against the next better one."""
     table = TABLES[name]
@@ -134,11 +128,10 @@ def show(name: str, values: dict) -> None:
         cells = []
         for m in table.measures:
             some = [v[m] for v in values[row] if m in v]
-            spread = f" ± {statistics.stdev(some):.3f}" if len(some) > 1 else ""
-            cells.append(f"{statistics.mean(some):.3f}{spread}" if some else "-")
+            cells.append(spread(some) if some else "-")
         print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(f"{c:>18}" for c in cells))
     ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
-                    key=lambda r: table.rows[r][1] * (-1 if "paper" in table.lower else 1))
+                    key=lambda r: table.rows[r][1] * (-1 if table.lower else 1))
     for low, high in zip(ranked, ranked[1:]):
         said = [f"{m} {verdict(*([goodness(m, v[m]) for v in values[r]] for r in (high, low)))}"
                 for m in table.measures if all(m in v for r in (low, high) for v in values[r])]
@@ -166,9 +159,7 @@ def main() -> None:
             if options.list:
                 print(f"{name}: python {TABLES[name].script}.py {command}")
                 continue
-            out = Path(options.out, f"{TABLES[name].script}-{zlib.crc32(command.encode()):08x}")
-            finish(TABLES[name].script, command, out, options.gpu)
-            values[row].append(values_of(TABLES[name], out, options))
+            values[row].append(values_of(TABLES[name], command, options))
         if not options.list:
             show(name, values)
 
