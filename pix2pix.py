@@ -182,8 +182,8 @@ PRESETS = {
     "toy": dict(size=(128, 128), width=16, levels=5, patch=34, lambda_l1=20.0, epochs=8, lr=2e-3,
                 decay=True, smooth=True, vgg="random", scorer_width=16, scorer_steps=600),
 }
-# Ours, too: the same for half an hour, without --smooth, since there are six times as many steps.
-PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50, smooth=False, scorer_steps=1200)
+# Ours, too: the same for half an hour.
+PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50, scorer_steps=1200)
 PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: its halvings
 
 

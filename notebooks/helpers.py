@@ -17,7 +17,7 @@ import common                      # before torch: it says how torch's threads w
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image as Picture, Markdown, display
+from IPython.display import HTML, Image as Picture, Markdown, display
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +31,8 @@ def start(seed: int = 0) -> None:
     torch.manual_seed(seed)
     plt.rcParams.update({"figure.dpi": 100, "font.size": 9, "axes.spines.top": False,
                          "axes.spines.right": False})
+    # In an exported page, listings would have the font of the text.
+    display(HTML("<style>div.highlight pre { font-family: monospace }</style>"))
 
 
 def source(*things) -> None:
@@ -101,6 +103,12 @@ def encoded(image: Tensor, zoom: int = 5, kind: str = "jpeg") -> bytes:
     pixels = pixels.resize((zoom * pixels.width, zoom * pixels.height), Image.BICUBIC)
     pixels.save(data, kind, **({"quality": 88} if kind == "jpeg" else {}))
     return data.getvalue()
+
+
+def live(widget) -> None:
+    """Show a widget; a page without a running notebook shows one line in its place."""
+    word = "[A panel to use with the mouse: it needs a running notebook.]"
+    display(widget._repr_mimebundle_() | {"text/plain": word}, raw=True)
 
 
 # ------------------------------------------------------------------------- Tables and verdicts
