@@ -370,7 +370,7 @@ def configure(preset: str = "", given: dict | None = None, **more) -> Config:
     if any(not text.endswith(f" {version}") for text in versions):
         raise UserError(f"{', '.join(versions)}: these contradict each other")
     sketch = SKETCH if given.get("task", chosen.get("task", "labels")) != "labels" else {}
-    all_of = {"preset": preset} | VERSIONS.get(version, {}) | sketch | chosen | row | given
+    all_of = VERSIONS.get(version, {}) | sketch | chosen | row | given | {"preset": preset}
     if all_of.get("lambda_2") == 0:             # there is nothing to rise
         all_of["ramp"] = False
     return Config(**all_of)

@@ -1018,9 +1018,10 @@ def test_the_presets_batch_shrinks_to_the_data_but_a_given_one_is_refused():
     fails("lab2pix", f"{line} --out q", "b.png")
 
 
-def test_a_preset_of_ours_says_how_it_is_not_the_papers():
-    text = works("lab2pix", f"{LINE_V1} --steps 1 --out r")
-    for setting in ("--gan hinge", "--d-norm spectral", "--lambda-4 1.0", "--s-size 64", "--loud"):
+@pytest.mark.parametrize("preset", ("", "--preset toy", "--preset streets"))
+def test_a_preset_of_ours_says_how_it_is_not_the_papers(preset):
+    text = works("lab2pix", f"{LINE_V1} {preset} --steps 1 --out r")
+    for setting in ("--gan hinge", "--d-norm spectral", "--lambda-4 3.0", "--s-size 64", "--loud"):
         assert setting in text.splitlines()[0], setting
 
 
