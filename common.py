@@ -854,10 +854,11 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; when to stop is for the training one to say."""
+    """Ctrl-C reaches every process of the terminal, SIGTERM every one of a job; when to stop is for
+    the training one to say. It ends a data process by SIGTERM, too: the second one is obeyed."""
     for number in STOPPING:
-        if number != signal.SIGTERM:            # by which the training process ends them
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def idle_seconds() -> float:

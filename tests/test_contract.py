@@ -598,13 +598,14 @@ def test_stopped_from_outside_and_resumed_equals_uninterrupted(row, number):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_interrupted_with_its_data_processes_beside_it(start):
-    """Ctrl-C goes to all of them, also where Python starts them from nothing."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_with_its_data_processes_beside_it(start, number):
+    """Ctrl-C, or a job's end, goes to all of them, also where Python starts them from nothing."""
     line = f"{TINY['pix2pix']} --workers 1 --save-every 1 --out r"
     program = (f"import multiprocessing as m; m.set_start_method({start!r}); import pix2pix; "
                f"pix2pix.main({line.split()})")
-    code, out, err = interrupted("pix2pix", signal.SIGINT, "", True, ["-c", program])
-    assert code == 130 and "Traceback" not in err, err
+    code, out, err = interrupted("pix2pix", number, "", True, ["-c", program])
+    assert code == 128 + number and "Traceback" not in err, err
     assert f"stopped at step {place('r')[0]}" in out
 
 
