@@ -5,6 +5,9 @@ two devices, as CUDA does, and what only a GPU gets (channels-last, pinned memor
 CUDA's own kernels do, bf16, speed and memory are not seen.
 """
 
+import crn_imle
+import lab2pix
+import pix2pixhd
 import pytest
 import torch
 from conftest import NAMES, SCORER, TINY, label_map, works
@@ -104,6 +107,26 @@ def test_this_gpu_computes_learns_and_refuses_strangers(gpu):
         x + torch.zeros(8)
     with pytest.raises(AssertionError, match="on the CPU"):
         net(torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("norm, shape", [
+    (crn_imle.LayerNorm, (3, 6, 5, 8)), (crn_imle.LayerNorm, (1, 4, 1, 1)),
+    (pix2pixhd.InstanceNorm, (1, 6, 5, 8)), (pix2pixhd.InstanceNorm, (2, 6, 5, 8)),
+    (lab2pix.InstanceNorm, (1, 6, 5, 8)), (lab2pix.InstanceNorm, (2, 4, 1, 1))])
+def test_norms_have_other_kernels_on_a_gpu_and_the_same_results(norm, shape, gpu):
+    """Value and gradients of a norm that computes by another formula there."""
+    norm, x, g = norm(shape[1]), 3 * torch.randn(shape) + 1, torch.randn(shape)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    found = {}
+    for device in (torch.device("cpu"), GPU):
+        own = x.to(device).requires_grad_()
+        inputs = [own, *norm.to(device).parameters()]
+        y = norm(own)
+        found[device.type] = [t.detach().cpu() for t in (y, *torch.autograd.grad(
+            y, inputs, g.to(device)))]
+    for here, there in zip(found["cpu"], found["cuda"]):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 
 
 EVERY_MODE = {
