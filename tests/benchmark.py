@@ -179,7 +179,11 @@ def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
         with FlopCounterMode(display=False) as flops:
             work()
         if options.compile:                     # the counter sees nothing in compiled code
+            work = None                         # frees its memory
             work = work_of(name, script, replace(cfg, compile=True), device)
+        if device.type == "cuda":               # not what the search for fast kernels has used
+            work()
+            torch.cuda.reset_peak_memory_stats()
         wall, cpu = seconds_of(work, device, options.repeats)
     return SimpleNamespace(cfg=cfg, wall=wall, cpu=cpu, gflop=flops.get_total_flops() / 1e9,
                            gib=peak_memory(device))

@@ -29,8 +29,8 @@ from helpers import spread, verdict  # noqa: E402
 
 def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False):
     """rows: {name: (flags, the paper's number or None)}. Measures are columns of the yardstick, or,
-    where it does not apply, entries of the script's own metrics.json. lower: the paper's numbers
-    are distances, of which less is better."""
+    where it does not apply, scores of the output in the script's own metrics.json. lower: the
+    paper's numbers are distances, of which less is better."""
     return SimpleNamespace(script=script, measures=measures, flags=flags, rows=rows, lower=lower)
 
 
@@ -109,7 +109,7 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
         else:
             importlib.import_module(table.script).main(
                 ["evaluate", "--out", str(out), "--gpu", str(options.gpu)])
-            found = json.loads((out / "test" / "metrics.json").read_text())
+            found = json.loads((out / "metrics.json").read_text())["output"]
         kept.write_text(json.dumps({m: found[m] for m in table.measures if m in found}))
     return json.loads(kept.read_text())
 

@@ -80,12 +80,15 @@ def test_an_order_holds_falls_or_lies_within_the_spread():
 def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys):
     tiny = tables.of("pix2pix", ("IoU", "sharp", "colours"), f"{TINY['pix2pix']} --steps 2", {
         "L1": ("--loss L1", .42), "L1+cGAN": ("", .66)})
-    monkeypatch.setattr(tables, "TABLES", {"one": tiny, "two": tiny})
+    labels = tables.of("pix2pix", ("class IOU",), f"{tiny.flags} --task photo2labels", {
+        "cGAN": ("--loss cGAN", .74), "L1+cGAN": ("", .83)})
+    monkeypatch.setattr(tables, "TABLES", {"one": tiny, "two": tiny, "labels": labels})
     monkeypatch.setattr(benchmark, "JUDGE", dict(width=2, steps=2))
     words = f"tables --seeds 2 --images 2 --samples 2 --threads 1 --gpu -1 --out {tmp_path}"
     monkeypatch.setattr("sys.argv", words.split())
     tables.main()
     said = capsys.readouterr().out
-    assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 4         # two rows, two seeds
+    assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 8         # two rows, two seeds, twice
     assert len(re.findall(r"L1\+cGAN over L1: IoU (?:holds|falls|within)", said)) == 2
+    assert len(re.findall(r"L1\+cGAN over cGAN: class IOU (?:holds|falls|within)", said)) == 1
     assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2
