@@ -273,9 +273,8 @@ class LayerNorm(nn.GroupNorm):
 class RefinementModule(nn.Module):
     """M_i: twice 3x3 convolution, layer norm, LeakyReLU(0.2), at one resolution (Sec. 3.3.1).
 
-    (B, c_in, H, W) -> (B, c_out, H, W). Layer norm normalises each image by itself, so
-    an image does not depend on the others of its batch, and the candidates of a search may share
-    one.
+    (B, c_in, H, W) -> (B, c_out, H, W). Layer norm works on each image by itself, so no
+    image depends on the others of its batch, and the candidates of a search may share one.
     """
 
     def __init__(self, c_in: int, c_out: int):
