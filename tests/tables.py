@@ -54,7 +54,7 @@ TABLES = {
     "pix2pix-6": of("pix2pix", ("per-pixel acc", "class IOU"), PIX2PIX + " --task photo2labels", {
         "L1": ("--loss L1", .86), "cGAN": ("--loss cGAN", .74), "L1+cGAN": ("", .83)}),
     "pix2pixhd-losses": of("pix2pixhd", SEEN, HD, {   # how often preferred to the full loss, %
-        "GAN": ("--loss GAN", 31), "GAN+FM": ("--loss GAN+FM", 41),
+        "GAN": ("--loss GAN", 31), "GAN+FM": ("", 41),
         "GAN+FM+VGG": ("--loss GAN+FM+VGG", 50)}),
     "pix2pixhd-discriminators": of("pix2pixhd", SEEN, HD, {
         "one": ("--scales 1", .578), "three": ("", .639)}),
@@ -110,7 +110,7 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
             importlib.import_module(table.script).main(
                 ["evaluate", "--out", str(out), "--gpu", str(options.gpu)])
             found = json.loads((out / "metrics.json").read_text())["output"]
-        kept.write_text(json.dumps({m: found[m] for m in table.measures if m in found}))
+        kept.write_text(json.dumps({m: found[m] for m in table.measures}))
     return json.loads(kept.read_text())
 
 
@@ -125,16 +125,13 @@ def show(name: str, values: dict) -> None:
     print(f"\n{name}, {table.script}.py {table.flags}")
     print(f"{'':26}{'paper':>8}" + "".join(f"{m:>18}" for m in table.measures))
     for row, (_, paper) in table.rows.items():
-        cells = []
-        for m in table.measures:
-            some = [v[m] for v in values[row] if m in v]
-            cells.append(spread(some) if some else "-")
-        print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(f"{c:>18}" for c in cells))
+        cells = [f"{spread([v[m] for v in values[row]]):>18}" for m in table.measures]
+        print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(cells))
     ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
                     key=lambda r: table.rows[r][1] * (-1 if table.lower else 1))
     for low, high in zip(ranked, ranked[1:]):
         said = [f"{m} {verdict(*([goodness(m, v[m]) for v in values[r]] for r in (high, low)))}"
-                for m in table.measures if all(m in v for r in (low, high) for v in values[r])]
+                for m in table.measures]
         print(f"    {high} over {low}: {', '.join(said)}")
 
 
