@@ -264,7 +264,7 @@ class LayerNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return super().forward(x)
-        x = x.float()                            # bf16 would round the mean
+        x = x.float()                           # bf16 would round the mean
         var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
         gain = self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt()
         return torch.addcmul(self.bias.view(-1, 1, 1) - mean * gain, x, gain)

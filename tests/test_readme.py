@@ -1,4 +1,4 @@
-"""The README: every command in it runs, its numbers stand in a notebook, its files exist."""
+"""The README: every command in it runs, its numbers are those of the tables, its files exist."""
 
 import importlib
 import re
@@ -15,7 +15,7 @@ from conftest import (
 
 import benchmark
 
-TEXT = (SCRIPTS / "README.md").read_text()
+TEXT = (SCRIPTS / "README.md").read_text("utf-8")
 # The command lines of the blocks, and those of the table of default runs.
 COMMANDS = [line.split(" #")[0].strip() for line in re.findall(
     r"^(?:    |\| `)((?:pip|python|torchrun) [^`\n]*)", TEXT, re.MULTILINE)]
@@ -149,7 +149,7 @@ def test_files_that_it_names_exist_and_it_is_short():
 
 def printed_tables() -> dict[str, str]:
     """What `python tests/tables.py` printed: its output, as it is committed, a text per table."""
-    text = (SCRIPTS / "tests" / "tables.txt").read_text()
+    text = (SCRIPTS / "tests" / "tables.txt").read_text("utf-8")
     return {block.partition(",")[0]: block for block in text.strip().split("\n\n")}
 
 
