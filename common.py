@@ -1026,6 +1026,26 @@ def mirror_pad(x: Tensor, multiple: int, least: int = 0) -> Tensor:
     return x
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's GroupNorm, (B, C, H, W) to the same shape, by faster kernels where a GPU has them.
+
+    With a channel per group (instance norm) it copies maps into another memory order; batch norm
+    does not, and of a single image it is the same function: 64 x 512 x 1024 in a sixth of the time.
+    With one group (layer norm) it leaves an image to one of the GPU's many processors: 27 ms where
+    the formula needs 2 (H200, forward and backward).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and len(x) == 1 and self.num_groups == self.num_channels:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
+        if x.is_cuda and self.num_groups == 1 and self.affine:
+            x = x.float()                       # bf16 would round the mean
+            var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
+            gain = self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt()
+            return torch.addcmul(self.bias.view(-1, 1, 1) - mean * gain, x, gain)
+        return super().forward(x)
+
+
 def smooth_grid(x: Tensor) -> Tensor:
     """Each pixel (..., H, W) becomes the mean of itself, its right, its lower and its lower right
     neighbour; a border repeats itself.

@@ -115,8 +115,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, UserError, Within, check_settings, check_sides, class_id, class_table,
-    colour_label, flag, notice, row_of, save_images, setting)
+    COUNT, POSITIVE, GroupNorm, UserError, Within, check_settings, check_sides, class_id,
+    class_table, colour_label, flag, notice, row_of, save_images, setting)
 
 # --------------------------------------------------------------------------------- 1 Config
 
@@ -251,37 +251,20 @@ def fit_modules(cfg: Config) -> Config:
 
 # ------------------------------------------------------------------------------- 2 Networks
 
-class LayerNorm(nn.GroupNorm):
-    """Mean 0, variance 1 over C, H and W together; then a gain and a shift per channel.
-
-    That is GroupNorm with one group, which on a GPU leaves all of a group to one of its many
-    processors: 27 ms where this formula needs 2 (64 x 512 x 1024, H200).
-    """
-
-    def __init__(self, c: int):
-        super().__init__(1, c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return super().forward(x)
-        x = x.float()                           # bf16 would round the mean
-        var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
-        gain = self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(-1, 1, 1) - mean * gain, x, gain)
-
-
 class RefinementModule(nn.Module):
     """M_i: twice 3x3 convolution, layer norm, LeakyReLU(0.2), at one resolution (Sec. 3.3.1).
 
-    (B, c_in, H, W) -> (B, c_out, H, W). Layer norm works on each image by itself, so no
-    image depends on the others of its batch, and the candidates of a search may share one.
+    (B, c_in, H, W) -> (B, c_out, H, W). Layer norm: mean and variance over C, H and W together,
+    gain and shift per channel; that is GroupNorm with one group. It normalises each image by
+    itself, so an image does not depend on the others of its batch, and the candidates of a search
+    may share one.
     """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.layers = nn.Sequential(*[layer for c in (c_in, c_out) for layer in (
             nn.Conv2d(c, c_out, 3, padding=1, bias=False),  # the norm has the bias
-            LayerNorm(c_out), nn.LeakyReLU(0.2))])
+            GroupNorm(1, c_out), nn.LeakyReLU(0.2))])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -299,7 +282,7 @@ class NoiseEncoder(nn.Module):
         super().__init__()
         layers = []
         for c_in in (classes + noise_channels, width):
-            layers += [nn.Conv2d(c_in, width, 3, padding=1, bias=False), LayerNorm(width),
+            layers += [nn.Conv2d(c_in, width, 3, padding=1, bias=False), GroupNorm(1, width),
                        nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, noise_channels, 1))
         self.reset()
@@ -311,7 +294,7 @@ class NoiseEncoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, 0.0, 0.15, -0.3, 0.3)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, LayerNorm):
+            elif isinstance(module, GroupNorm):
                 module.reset_parameters()
 
     def forward(self, label: Tensor, noise: Tensor) -> Tensor:

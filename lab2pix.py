@@ -158,7 +158,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, UserError, Within, boundary_map, check_settings, check_sides,
+    COUNT, POSITIVE, SHARE, GroupNorm, UserError, Within, boundary_map, check_settings, check_sides,
     class_table, colour_label, flag, notice, row_of, save_images, setting)
 
 # ---------------------------------------------------------------------------------- 1 Config
@@ -397,21 +397,12 @@ def check_size(cfg: Config) -> None:
 # way: (B, C, ., .) where it varies. `form` says whose layers: the paper's, or with v1code those of
 # the released V1, so that its weights load.
 
-class InstanceNorm(nn.GroupNorm):
+def instance_norm(c: int) -> nn.GroupNorm:
     """Each channel of each image to mean 0, variance 1; no parameters, no running averages.
 
-    A group norm with one channel per group is this very function, also on a map of one pixel. On a
-    GPU it copies its input into another memory order; batch norm does not, and of a single image it
-    is the same function, too.
+    A group norm of one channel per group is the same, and also works on a map of one pixel.
     """
-
-    def __init__(self, c: int):
-        super().__init__(c, c, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and len(x) == 1:
-            return F.batch_norm(x, None, None, training=True, eps=self.eps)
-        return super().forward(x)
+    return GroupNorm(c, c, affine=False)
 
 
 def up(x: Tensor, factor: int = 2, mode: str = "nearest") -> Tensor:
@@ -432,9 +423,9 @@ class SketchEncoder(nn.Module):
     def __init__(self, width: int = 64, ups: int = 5):
         super().__init__()
         c = [width * min(2 ** i, 16) for i in range(ups + 1)]                # 64 128 .. 1024 1024
-        self.layers = nn.Sequential(nn.Conv2d(1, c[0], 5, 1, 2), InstanceNorm(c[0]), nn.ReLU())
+        self.layers = nn.Sequential(nn.Conv2d(1, c[0], 5, 1, 2), instance_norm(c[0]), nn.ReLU())
         for c_in, c_out in zip(c, c[1:]):
-            self.layers.extend([nn.Conv2d(c_in, c_out, 3, 2, 1), InstanceNorm(c_out), nn.ReLU()])
+            self.layers.extend([nn.Conv2d(c_in, c_out, 3, 2, 1), instance_norm(c_out), nn.ReLU()])
 
     def forward(self, m: Tensor) -> Tensor:
         return self.layers(m)
@@ -503,7 +494,7 @@ class DGNorm(nn.Module):
     def __init__(self, c: int, n: int, hidden: int = 128, form: str = "paper"):
         super().__init__()
         self.form = form
-        self.norm = InstanceNorm(c) if form == "v1code" else nn.BatchNorm2d(c)
+        self.norm = instance_norm(c) if form == "v1code" else nn.BatchNorm2d(c)
         self.shared = nn.Conv2d(n, hidden, 3, 1, 1)
         self.gamma_beta = nn.Conv2d(hidden, 2 * c, 3, 1, 1)     # one convolution for both: faster
 
@@ -568,7 +559,7 @@ class LSCA(nn.Module):
         self.v1, self.mode = form == "v1code", mode
         self.merge = nn.Conv2d(c_coarse, c, 3, 1, 1)
         if self.v1:
-            self.label, self.norm = nn.Conv2d(n, c, 3, 1, 1), InstanceNorm(c)
+            self.label, self.norm = nn.Conv2d(n, c, 3, 1, 1), instance_norm(c)
         self.mask = nn.Conv2d(2 * c + (c if self.v1 else n), 1, 3, 1, 1)
 
     def forward(self, coarse: Tensor, f: Tensor, m: Tensor) -> Tensor:
@@ -718,7 +709,7 @@ def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1,
     """
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=norm != "both")
     layers = [conv if norm == "instance" else spectral_norm(conv)]
-    return layers + [InstanceNorm(c_out)] * (norm != "spectral") + [nn.LeakyReLU(0.2)]
+    return layers + [instance_norm(c_out)] * (norm != "spectral") + [nn.LeakyReLU(0.2)]
 
 
 class MiniInception(nn.Module):
@@ -775,7 +766,7 @@ class PerceptualDiscriminator(nn.Module):
 
         def settle(c: int) -> list[nn.Module]:      # released V1: without a convolution
             return unit(c, c, 3, 1, norm) if norm != "instance" else (
-                [InstanceNorm(c), nn.LeakyReLU(0.2)])
+                [instance_norm(c), nn.LeakyReLU(0.2)])
 
         self.pre, self.join, self.out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.line = nn.ModuleList(MiniInception(c, norm) for _ in range(levels - 1))
@@ -816,7 +807,7 @@ class PatchDiscriminator(nn.Module):
                                                    nn.LeakyReLU(0.2))])
         for c_in, c_out, stride in zip(c, c[1:], (2, 2, 1)):
             conv = nn.Conv2d(c_in, c_out, 4, stride, 2, bias=False)
-            self.layers.append(nn.Sequential(spectral_norm(conv), InstanceNorm(c_out),
+            self.layers.append(nn.Sequential(spectral_norm(conv), instance_norm(c_out),
                                              nn.LeakyReLU(0.2)))
         self.last = nn.Conv2d(c[-1], 1, 4, 1, 2)
 

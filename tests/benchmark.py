@@ -181,8 +181,8 @@ def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
         if options.compile:                     # the counter sees nothing in compiled code
             work = None                         # frees its memory
             work = work_of(name, script, replace(cfg, compile=True), device)
-        if device.type == "cuda":               # not what the search for fast kernels has used
             work()
+        if device.type == "cuda":               # not what the search for fast kernels has used
             torch.cuda.reset_peak_memory_stats()
         wall, cpu = seconds_of(work, device, options.repeats)
     return SimpleNamespace(cfg=cfg, wall=wall, cpu=cpu, gflop=flops.get_total_flops() / 1e9,

@@ -5,9 +5,7 @@ two devices, as CUDA does, and what only a GPU gets (channels-last, pinned memor
 CUDA's own kernels do, bf16, speed and memory are not seen.
 """
 
-import crn_imle
-import lab2pix
-import pix2pixhd
+import common
 import pytest
 import torch
 from conftest import NAMES, SCORER, TINY, label_map, works
@@ -109,13 +107,14 @@ def test_this_gpu_computes_learns_and_refuses_strangers(gpu):
         net(torch.zeros(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("norm, shape", [
-    (crn_imle.LayerNorm, (3, 6, 5, 8)), (crn_imle.LayerNorm, (1, 4, 1, 1)),
-    (pix2pixhd.InstanceNorm, (1, 6, 5, 8)), (pix2pixhd.InstanceNorm, (2, 6, 5, 8)),
-    (lab2pix.InstanceNorm, (1, 6, 5, 8)), (lab2pix.InstanceNorm, (2, 4, 1, 1))])
-def test_norms_have_other_kernels_on_a_gpu_and_the_same_results(norm, shape, gpu):
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups, shape", [
+    (1, (3, 6, 5, 8)), (1, (1, 4, 1, 1)), (1, (1, 1, 5, 8)), (1, (2, 1, 5, 8)), (2, (1, 6, 5, 8)),
+    (6, (1, 6, 5, 8)), (6, (2, 6, 5, 8)), (4, (2, 4, 1, 1))])
+def test_norms_have_other_kernels_on_a_gpu_and_the_same_results(groups, shape, affine, gpu):
     """Value and gradients of a norm that computes by another formula there."""
-    norm, x, g = norm(shape[1]), 3 * torch.randn(shape) + 1, torch.randn(shape)
+    norm = common.GroupNorm(groups, shape[1], affine=affine)
+    x, g = 3 * torch.randn(shape) + 1, torch.randn(shape)
     for p in norm.parameters():
         torch.nn.init.normal_(p)
     found = {}

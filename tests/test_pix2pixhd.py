@@ -329,7 +329,7 @@ def test_receptive_fields_of_the_three_discriminators():
 @pytest.mark.parametrize("c, h, w", [(6, 5, 7), (64, 8, 16), (1, 9, 4)])
 def test_instance_norm_is_pytorchs_in_any_memory_order(c, h, w):
     """Value and gradient; contiguous or channels-last, input or incoming gradient."""
-    norm, x, g = pix2pixhd.InstanceNorm(c), torch.randn(2, c, h, w), torch.randn(2, c, h, w)
+    norm, x, g = pix2pixhd.instance_norm(c), torch.randn(2, c, h, w), torch.randn(2, c, h, w)
     assert not list(norm.parameters()) and not norm.state_dict()
     theirs = nn.InstanceNorm2d(c)(x.requires_grad_())
     torch.testing.assert_close(norm(x), theirs, rtol=1e-5, atol=1e-5)
