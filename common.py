@@ -29,6 +29,7 @@ import argparse
 import functools
 import itertools
 import math
+import multiprocessing.util
 import pickle
 import re
 import signal
@@ -853,12 +854,13 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
             if hasattr(signal, name)]
 
 
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, SIGTERM every one of a job; when to stop is for
-    the training one to say. It ends a data process by SIGTERM, too: the second one is obeyed."""
+def ignore_signals(ended: "multiprocessing.synchronize.Event", worker: int) -> None:
+    """For a data process: Ctrl-C reaches every process of the terminal, SIGTERM every one of a job,
+    but when to stop is for the training one to say. At its own end, it does so by SIGTERM, too:
+    then they leave, without an exit code that would look like a failure."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ended.is_set() else None)
 
 
 def idle_seconds() -> float:
@@ -904,13 +906,12 @@ class Loader:
             being too fast for one process that also trains.
         device: where the batches go.
         epochs, steps: epochs, and updates after which all is over; 0 leaves it to the epochs.
-        order: epoch -> what all processes train on in it, in this order; None: a random order.
-        per_epoch: updates of an epoch with such an order.
+        per_epoch: updates of an epoch; 0: as many as the examples give.
     """
 
     def __init__(self, examples: torch.utils.data.Dataset, batch_size: int, workers: int | None,
                  device: torch.device, seed: int = 0, epochs: int = 1, steps: int = 0,
-                 order: Callable[[int], list] | None = None, per_epoch: int = 0):
+                 per_epoch: int = 0):
         self.examples, self.device, self.seed = examples, device, seed
         self.rank, self.world = place()
         if device.type == "cpu":
@@ -920,26 +921,28 @@ class Loader:
         if not self.per_epoch:
             raise UserError(f"--batch-size {batch_size}: a step needs {self.per_step} images, "
                             f"training has {len(examples)}")
-        self.order = order
         self.total = min(steps or math.inf, epochs * self.per_epoch)
         self.step = self.epoch = self.seen = 0  # updates; epochs; images of this epoch
         self.over, self.indices = False, []
         self.begun, self.counted, self.waited = time.time(), 0, 0.0
         cuda = device.type == "cuda"
         workers = (4 if cuda and examples.data else 0) if workers is None else workers
+        ended = multiprocessing.Event()
+        multiprocessing.util.Finalize(None, ended.set, exitpriority=0)  # before it ends any
         self.batches = torch.utils.data.DataLoader(
             examples, batch_size, sampler=self.indices, num_workers=workers, pin_memory=cuda,
-            drop_last=True, persistent_workers=workers > 0, worker_init_fn=ignore_signals)
+            drop_last=True, persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(ignore_signals, ended))
 
-    def shuffled(self, epoch: int) -> list[int]:
-        """Every example once, but for a last batch that would not be full."""
+    def order(self, epoch: int) -> list:
+        """What all processes train on in an epoch: every example once, in random order, but for a
+        last batch that would not be full."""
         chance = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.examples), generator=chance).tolist()
         return order[:self.per_epoch * self.per_step]
 
     def __iter__(self) -> Iterator[dict]:
-        order = (self.order or self.shuffled)(self.epoch)
-        mine = order[self.seen + self.rank::self.world]
+        mine = self.order(self.epoch)[self.seen + self.rank::self.world]
         self.indices[:] = [(self.epoch, i) for i in mine]
         batches, clock = self.read(), time.time()
         while not self.over and (batch := next(batches, None)) is not None:

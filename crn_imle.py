@@ -806,7 +806,7 @@ class Batches(common.Loader):
                  photos: Photos):
         self.cfg, self.photos = cfg, photos
         super().__init__(train_set, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
-                         cfg.steps, self.drawn, cfg.inner_steps)
+                         cfg.steps, cfg.inner_steps)
 
     def slots(self) -> list[int]:
         """What all processes draw in this epoch: slots of S; for crn, numbers of photos.
@@ -820,7 +820,7 @@ class Batches(common.Loader):
         rounds = [torch.randperm(n, generator=generator) for _ in range(-(-images // n))]
         return torch.cat(rounds)[:images].tolist()
 
-    def drawn(self, epoch: int) -> list[tuple[int, int]]:
+    def order(self, epoch: int) -> list[tuple[int, int]]:
         """The same as pairs: number of the photo, seed of z_sigma(i); crn has no noise."""
         if self.cfg.model == "crn":
             return [(k, 0) for k in self.slots()]

@@ -7,10 +7,12 @@ pair is seen by its values, whatever the files are called.
 import contextlib
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import re
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -760,7 +762,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_reads_in_the_order_asked_for_as_of_the_epoch(workers, noisy):
     dataset, orders = noisy(seed=3), {0: [3, 0, 2, 1], 1: [2, 1, 5, 4]}
-    loader = common.Loader(dataset, 2, workers, CPU, epochs=2, order=orders.get, per_epoch=2)
+    loader = common.Loader(dataset, 2, workers, CPU, epochs=2, per_epoch=2)
+    loader.order = orders.get
     for epoch, order in orders.items():
         batches = list(loader)
         dataset.epoch = epoch
@@ -829,6 +832,24 @@ def test_what_goes_wrong_in_a_data_process_is_one_line(tmp_path):
                             (Killed(), ["--workers 1", "data process"])):
         with refused(*words):
             list(common.Loader(examples, 1, 1, CPU))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends processes in another way")
+def test_data_processes_outlive_a_sigterm_but_not_the_training_process(noisy):
+    """Also where it fails, or leaves its loader to the garbage collector."""
+    def training():
+        loader = common.Loader(noisy(), 1, 1, CPU, epochs=2)
+        loader.itself = loader
+        for _ in loader:
+            (reader,) = multiprocessing.active_children()
+            os.kill(reader.pid, signal.SIGTERM)
+        raise SystemExit(5 if loader.epoch == 1 and reader.is_alive() else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=training)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 5
 
 
 def test_another_epoch_and_another_example_give_another_crop(tmp_path):
