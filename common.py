@@ -927,12 +927,13 @@ class Loader:
         self.begun, self.counted, self.waited = time.time(), 0, 0.0
         cuda = device.type == "cuda"
         workers = (4 if cuda and examples.data else 0) if workers is None else workers
-        ended = multiprocessing.Event()
-        multiprocessing.util.Finalize(None, ended.set, exitpriority=0)  # before it ends any
         self.batches = torch.utils.data.DataLoader(
             examples, batch_size, sampler=self.indices, num_workers=workers, pin_memory=cuda,
-            drop_last=True, persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(ignore_signals, ended))
+            drop_last=True, persistent_workers=workers > 0)
+        if workers:
+            ended = multiprocessing.Event()
+            multiprocessing.util.Finalize(None, ended.set, exitpriority=0)  # before it ends any
+            self.batches.worker_init_fn = functools.partial(ignore_signals, ended)
 
     def order(self, epoch: int) -> list:
         """What all processes train on in an epoch: every example once, in random order, but for a
