@@ -217,19 +217,20 @@ PRESETS = {
     "imle-released": dict(lr=1e-4, lr_drop=6, renew_encoder=True),
     "crn-gta": dict(model="crn", lr=1e-4, epochs=400, inner_steps=3001, calibrate=100),
     "crn-cityscapes": dict(model="crn", lr=1e-4, epochs=200, inner_steps=0, calibrate=100),
-    # Ours, for the streets on a laptop's CPU. Two layers of a random VGG instead of five, for
-    # speed. One vector of noise per image: ten candidates sample 8 numbers better than the 4 x 4 x
-    # 8 that M0 would get. No rebalancing: the streets have few distinct colours, so the densities
-    # of some are very large and the masks become extreme (notebook 3 shows how much).
+    # Ours, for the streets on a laptop's CPU. Two layers of a narrow, random VGG instead of five,
+    # for speed; so there is time for twice the candidates. One vector of noise per image: twenty
+    # candidates sample 8 numbers better than the 4 x 4 x 8 that M0 would get. No rebalancing: the
+    # streets have few distinct colours, so the densities of some are very large and the masks
+    # become extreme (notebook 3 shows how much).
     "toy": dict(size=(64, 64), width=48, noise_channels=8, noise="broadcast", encoder_width=32,
-                layers=VGG_LAYERS[:2], epochs=8, pool=60, inner_steps=400, lr=2e-3, lr_drop=6,
-                keep_features=400, vgg="random", rebalance="none"),
+                layers=VGG_LAYERS[:2], vgg_width=16, epochs=8, candidates=20, pool=60,
+                inner_steps=800, lr=2e-3, lr_drop=6, keep_features=400, vgg="random",
+                rebalance="none"),
 }
-# Ours, too: the same for an hour, on wider images: three layers of a narrow VGG, and searches among
-# six times as many candidates, so that a photo finds its palette, too.
+# Ours, too: the same for an hour, on wider images: three layers of VGG, and searches among three
+# times as many candidates, so that a photo finds its palette, too.
 PRESETS["streets"] = PRESETS["toy"] | dict(
-    size=(64, 128), layers=VGG_LAYERS[:3], vgg_width=16, epochs=12, candidates=60, inner_steps=500,
-    lr_drop=9)
+    size=(64, 128), layers=VGG_LAYERS[:3], epochs=12, candidates=60, inner_steps=500, lr_drop=9)
 
 
 def configure(preset: str, given: dict) -> Config:

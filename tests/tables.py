@@ -38,7 +38,7 @@ SEEN = ("IoU", "sharp", "colours")
 PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 6"
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
       "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-vgg 10 --epochs 3 --no-smooth")
-IMLE = "--preset toy --vgg-width 16"
+IMLE = "--preset toy --candidates 10 --inner-steps 400"
 LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 4"
 TABLES = {
     "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
