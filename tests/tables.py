@@ -38,7 +38,7 @@ SEEN = ("IoU", "sharp", "colours")
 PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 6"
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
       "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-vgg 10 --epochs 3 --no-smooth")
-IMLE = "--preset toy --candidates 10 --inner-steps 400"
+IMLE = "--preset toy"
 LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 4"
 TABLES = {
     "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
@@ -65,8 +65,8 @@ TABLES = {
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
     "imle-1": of("crn_imle", ("variance", "colours", "times"), IMLE, {
         "CRN, untrained": ("--model crn --steps 1", None), "CRN, 800": ("--model crn --steps 800",
-        None), "CRN, 3200": ("--model crn", 2.87), "IMLE, untrained": ("--steps 1", None),
-        "IMLE, 800": ("--steps 800", None), "IMLE, 3200": ("", 3.42)}),
+        None), "CRN, 6400": ("--model crn", 2.87), "IMLE, untrained": ("--steps 1", None),
+        "IMLE, 800": ("--steps 800", None), "IMLE, 6400": ("", 3.42)}),
     "lab2pix-1": of("lab2pix", SEEN, LAB2PIX + " --version V1", {
         row: (f"--ablation {row}", fid) for row, fid in zip(
             ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
