@@ -935,15 +935,15 @@ class Loader:
             multiprocessing.util.Finalize(None, ended.set, exitpriority=0)  # before it ends any
             self.batches.worker_init_fn = functools.partial(ignore_signals, ended)
 
-    def order(self, epoch: int) -> list:
-        """What all processes train on in an epoch: every example once, in random order, but for a
+    def order(self) -> list:
+        """What all processes train on in this epoch: every example once, in random order, but for a
         last batch that would not be full."""
-        chance = torch.Generator().manual_seed(self.seed + epoch)
+        chance = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.examples), generator=chance).tolist()
         return order[:self.per_epoch * self.per_step]
 
     def __iter__(self) -> Iterator[dict]:
-        mine = self.order(self.epoch)[self.seen + self.rank::self.world]
+        mine = self.order()[self.seen + self.rank::self.world]
         self.indices[:] = [(self.epoch, i) for i in mine]
         batches, clock = self.read(), time.time()
         while not self.over and (batch := next(batches, None)) is not None:

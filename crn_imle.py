@@ -821,7 +821,7 @@ class Batches(common.Loader):
         rounds = [torch.randperm(n, generator=generator) for _ in range(-(-images // n))]
         return torch.cat(rounds)[:images].tolist()
 
-    def order(self, epoch: int) -> list[tuple[int, int]]:
+    def order(self) -> list[tuple[int, int]]:
         """The same as pairs: number of the photo, seed of z_sigma(i); crn has no noise."""
         if self.cfg.model == "crn":
             return [(k, 0) for k in self.slots()]
