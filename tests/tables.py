@@ -2,6 +2,7 @@
 
     python tests/tables.py                        all tables; those that are finished cost no time
     python tests/tables.py pix2pix-1 --seeds 3    one of them
+    python tests/tables.py --longer 2             each row twice as long, too: does the order flip?
     python tests/tables.py --list                 their names, rows and training commands
 
 A row is a mean and a standard deviation over seeds. "a over b" of the paper holds, falls, or lies
@@ -13,6 +14,7 @@ stopped one goes on.
 import argparse
 import importlib
 import json
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -76,14 +78,19 @@ TABLES = {
             ("A_s", "B_s", "C_s", "D_s", "E_s"), (57.4, 49.2, 48.0, 46.0, 45.5))},
         lower=True),
 }
-LESS = {"colours"}                              # 0 is right
+LESS = {"colours"}                              # 0 is right; below it is by chance
 ONE = {"sharp", "variance", "times"}            # 1 is right
 
 
-def commands(name: str, seeds: int) -> dict[tuple[str, int], str]:
+def longer(flags: str, times: int) -> str:
+    """With so many times the epochs (IMLE's table has its lengths in its rows)."""
+    return re.sub(r"(?<=--epochs )\d+", lambda epochs: str(int(epochs[0]) * times), flags)
+
+
+def commands(name: str, seeds: int, times: int = 1) -> dict[tuple[str, int], str]:
     """The training command of each row and seed, without its folder."""
     table = TABLES[name]
-    return {(row, seed): " ".join(f"{table.flags} {flags} --seed {seed}".split())
+    return {(row, seed): " ".join(f"{longer(table.flags, times)} {flags} --seed {seed}".split())
             for row, (flags, _) in table.rows.items() for seed in range(seeds)}
 
 
@@ -116,23 +123,36 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
 
 def goodness(measure: str, value: float) -> float:
     """A value of which more is better."""
-    return -abs(value - 1) if measure in ONE else -value if measure in LESS else value
+    return -abs(value - 1) if measure in ONE else -max(value, 0.) if measure in LESS else value
 
 
-def show(name: str, values: dict) -> None:
-    """The table, and what became of the paper's order: each row against the next better one."""
+def orders(name: str, values: dict) -> dict[str, list[str]]:
+    """What became of the paper's order, by each measure: {"better row over the next one": verdicts}."""
     table = TABLES[name]
-    print(f"\n{name}, {table.script}.py {table.flags}")
+    ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
+                    key=lambda r: table.rows[r][1] * (-1 if table.lower else 1))
+    return {f"{high} over {low}": [
+        verdict(*([goodness(m, v[m]) for v in values[row]] for row in (high, low)))
+        for m in table.measures] for low, high in zip(ranked, ranked[1:])}
+
+
+def show(name: str, times: int, values: dict, shorter: dict | None = None) -> None:
+    """The table and its orders; beside each of them what it was in shorter runs, if it was another."""
+    table = TABLES[name]
+    print(f"\n{name}, {table.script}.py {longer(table.flags, times)}")
     print(f"{'':26}{'paper':>8}" + "".join(f"{m:>18}" for m in table.measures))
     for row, (_, paper) in table.rows.items():
         cells = [f"{spread([v[m] for v in values[row]]):>18}" for m in table.measures]
         print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(cells))
-    ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
-                    key=lambda r: table.rows[r][1] * (-1 if table.lower else 1))
-    for low, high in zip(ranked, ranked[1:]):
-        said = [f"{m} {verdict(*([goodness(m, v[m]) for v in values[r]] for r in (high, low)))}"
-                for m in table.measures]
-        print(f"    {high} over {low}: {', '.join(said)}")
+    found, before = orders(name, values), orders(name, shorter or values)
+    for pair in found:
+        said = [f"{m} {now}" + f" (1/{times} as long: {then})" * (now != then)
+                for m, now, then in zip(table.measures, found[pair], before[pair])]
+        print(f"    {pair}: {', '.join(said)}")
+    if shorter:
+        flips = sum({now, then} == {"holds", "falls"} for pair in found
+                    for now, then in zip(found[pair], before[pair]))
+        print(f"    flipped, holds to falls or back: {flips} of {len(found) * len(table.measures)}")
 
 
 def main() -> None:
@@ -141,6 +161,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="TABLE", help="none: all")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--seeds", type=int, default=3, help="runs per row (3)")
+    parser.add_argument("--longer", type=int, default=1, metavar="N",
+                        help="N times the epochs, compared with the same without (1)")
     parser.add_argument("--out", default="runs/tables", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -151,14 +173,17 @@ def main() -> None:
     if unknown := set(options.names) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     for name in options.names or TABLES:
-        values = {row: [] for row in TABLES[name].rows}
-        for (row, seed), command in commands(name, options.seeds).items():
-            if options.list:
-                print(f"{name}: python {TABLES[name].script}.py {command}")
-                continue
-            values[row].append(values_of(TABLES[name], command, options))
+        columns = {}                            # {times as long: {row: the values of its seeds}}
+        for times in sorted({1, options.longer} if "--epochs" in TABLES[name].flags else {1}):
+            columns[times] = {row: [] for row in TABLES[name].rows}
+            for (row, seed), command in commands(name, options.seeds, times).items():
+                if options.list:
+                    print(f"{name}: python {TABLES[name].script}.py {command}")
+                else:
+                    columns[times][row].append(values_of(TABLES[name], command, options))
         if not options.list:
-            show(name, values)
+            (_, shorter), (times, values) = min(columns.items()), max(columns.items())
+            show(name, times, values, shorter if times > 1 else None)
 
 
 if __name__ == "__main__":

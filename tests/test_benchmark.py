@@ -75,6 +75,7 @@ def test_an_order_holds_falls_or_lies_within_the_spread():
     assert tables.verdict([.2], [.2]) == "within the spread"             # one seed, a tie
     assert tables.goodness("sharp", 1.5) == tables.goodness("sharp", .5) < 0
     assert tables.goodness("colours", .1) > tables.goodness("colours", .2)
+    assert tables.goodness("colours", -.1) == tables.goodness("colours", 0.)
 
 
 def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -92,3 +93,19 @@ def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys)
     assert len(re.findall(r"L1\+cGAN over L1: IoU (?:holds|falls|within)", said)) == 2
     assert len(re.findall(r"L1\+cGAN over cGAN: class IOU (?:holds|falls|within)", said)) == 1
     assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2
+
+
+def test_longer_runs_are_compared_with_shorter_ones(capsys, monkeypatch):
+    table = tables.of("pix2pix", ("IoU", "sharp"), "--epochs 6 --size 64 64", {
+        "a": ("", .4), "b": ("", .5), "c": ("", .6)})
+    monkeypatch.setattr(tables, "TABLES", {"one": table})
+    assert tables.commands("one", 1, 2)["a", 0] == "--epochs 12 --size 64 64 --seed 0"
+    of = lambda **rows: {row: [dict(zip(table.measures, values))] for row, values in rows.items()}
+    shorter = of(a=(.1, .75), b=(.2, .5), c=(.3, 1.25))
+    assert tables.orders("one", shorter) == {"b over a": ["holds", "falls"],
+                                             "c over b": ["holds", "holds"]}
+    tables.show("one", 2, of(a=(.3, .75), b=(.2, .75), c=(.4, 1.25)), shorter)
+    said = capsys.readouterr().out
+    assert "--epochs 12" in said and "c over b: IoU holds, sharp within the spread (1/2 as long: h" in said
+    assert "b over a: IoU falls (1/2 as long: holds), sharp within the spread (1/2 as long: f" in said
+    assert "flipped, holds to falls or back: 1 of 4" in said             # ties are no flips
