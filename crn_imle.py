@@ -62,6 +62,7 @@ Paper                             | Released code                     | Here
     VGG's pooling not stated      | average                           | average
     VGG's input not stated        | 0..255 minus Caffe's mean, not    | torchvision's: [0, 1], minus
                                   |   divided                         |   mean, over deviation
+    VGG trained on ImageNet       | the same                          | --vgg; random: edges, see build
     a sum of absolute values      | their mean                        | mean
     lambda: equal contributions   | constants                         | measured once; --calibrate
     lambda at the start           | constants of a CRN's training     | 1, or that of --init's CRN
@@ -217,20 +218,20 @@ PRESETS = {
     "imle-released": dict(lr=1e-4, lr_drop=6, renew_encoder=True),
     "crn-gta": dict(model="crn", lr=1e-4, epochs=400, inner_steps=3001, calibrate=100),
     "crn-cityscapes": dict(model="crn", lr=1e-4, epochs=200, inner_steps=0, calibrate=100),
-    # Ours, for the streets on a laptop's CPU. Two layers of a narrow, random VGG instead of five,
-    # for speed; so there is time for twice the candidates. One vector of noise per image: twenty
-    # candidates sample 8 numbers better than the 4 x 4 x 8 that M0 would get. No rebalancing: the
-    # streets have few distinct colours, so the densities of some are very large and the masks
-    # become extreme (notebook 3 shows how much).
+    # Ours, for the streets on a laptop's CPU. The deep layers of a narrow, random VGG: its shallow
+    # ones ask for a blur. They see edges alone (see build), so the pixels, which see colour, count
+    # twice. One vector of noise per image: twenty candidates sample 8 numbers better than the
+    # 4 x 4 x 8 that M0 would get. No rebalancing: the streets have few distinct colours, so the
+    # densities of some are very large and the masks become extreme (notebook 3 shows how much).
     "toy": dict(size=(64, 64), width=48, noise_channels=8, noise="broadcast", encoder_width=32,
-                layers=VGG_LAYERS[:2], vgg_width=16, epochs=8, candidates=20, pool=60,
-                inner_steps=800, lr=2e-3, lr_drop=6, keep_features=400, vgg="random",
+                layers=VGG_LAYERS[2:], vgg_width=16, pixel_weight=2.0, epochs=8, candidates=20,
+                pool=60, inner_steps=800, lr=2e-3, lr_drop=6, keep_features=400, vgg="random",
                 rebalance="none"),
 }
-# Ours, too: the same for an hour, on wider images: three layers of VGG, and searches among three
-# times as many candidates, so that a photo finds its palette, too.
+# Ours, too: the same for an hour, on wider images, and searches among three times as many
+# candidates, so that a photo finds its palette, too.
 PRESETS["streets"] = PRESETS["toy"] | dict(
-    size=(64, 128), layers=VGG_LAYERS[:3], epochs=12, candidates=60, inner_steps=500, lr_drop=9)
+    size=(64, 128), epochs=12, candidates=60, inner_steps=500, lr_drop=9)
 
 
 def configure(preset: str, given: dict) -> Config:
@@ -517,8 +518,15 @@ def build(cfg: Config, device: torch.device) -> State:
     the networks."""
     torch.manual_seed(cfg.seed)
     generator = dress(networks(cfg)[0], cfg, device)
-    vgg = dress(common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True,
-                                   width=cfg.vgg_width), cfg, device)
+    vgg = common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True, width=cfg.vgg_width)
+    if cfg.vgg == "random":
+        # Ours. Random filters answer to brightness above all, by which a blur is nearer to the
+        # photo than a sharp picture whose windows stand elsewhere. Trained ones answer to edges;
+        # so do these, once each sums to 0 and is the same for red, green and blue. Colour is left
+        # to the pixel term.
+        first = vgg.trunk[0].weight.data
+        first[:] = (first - first.mean((2, 3), keepdim=True)).mean(1, keepdim=True) * 3 ** .5
+    vgg = dress(vgg, cfg, device)
     adam = torch.optim.Adam(generator.parameters(), cfg.lr, fused=True)
     adam.register_step_pre_hook(average_gradients)
     balance = Balance(1 + len(cfg.layers), cfg.pixel_weight).to(device)

@@ -270,6 +270,21 @@ def test_vgg_pools_by_average_and_takes_normalised_images():
     assert [tuple(f.shape) for f in made] == [(1, 3, 32, 32), (1, 64, 32, 32), (1, 128, 16, 16)]
 
 
+def test_a_random_vgg_answers_to_edges_and_not_to_brightness(tmp_path):
+    """Photos that differ in brightness alone have equal features away from the padded border; a
+    trained VGG is left as it is."""
+    cfg = replace(TINY, layers=("conv1_2", "conv3_2"), vgg_width=4)
+    vgg, image = crn_imle.build(cfg, CPU).vgg, torch.rand(1, 3, 64, 64)
+    for dark, bright in zip(vgg(image - .5).values(), vgg(image).values()):
+        inner = (..., *[slice(bright.shape[-1] // 2 - 2, bright.shape[-1] // 2 + 2)] * 2)
+        assert bright[inner].abs().sum() > 0
+        torch.testing.assert_close(dark[inner], bright[inner], rtol=1e-4, atol=1e-5)
+    trained = common.vgg_trunk(19, 4)
+    torch.save({f"features.{k}": v for k, v in trained.state_dict().items()}, tmp_path / "vgg.pt")
+    vgg = crn_imle.build(replace(cfg, vgg=str(tmp_path / "vgg.pt")), CPU).vgg
+    assert torch.equal(vgg.trunk[0].weight, trained[0].weight)
+
+
 # -------------------------------------------------------------------------------------- Rebalancing
 
 def test_survey_measures_mean_colours_and_leaves_blank_images_out(tmp_path):
