@@ -1405,7 +1405,7 @@ def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
     train_set = dataset(cfg, "train").has("label").has("image")
     cfg = replace(fit_modules(cfg), classes=train_set.classes)
     if cfg.vgg == "random":
-        notice("VGG-19 has random weights: it sees edges and textures, but knows no objects")
+        notice("VGG-19 has random weights: it sees edges, but no colours and no objects")
     if cfg.model == "imle" and not (cfg.init or cfg.resume) and cfg.lr < 5e-5:
         notice(f"--lr {cfg.lr} is for --init with a trained crn (--model crn); from scratch, "
                "preset imle-released starts at 1e-4")
