@@ -66,9 +66,11 @@ TABLES = {
     "pix2pixhd-boundary": of("pix2pixhd", SEEN, HD, {     # of cars, preferred, %
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
     "imle-1": of("crn_imle", ("variance", "colours", "times"), IMLE, {
-        "CRN, untrained": ("--model crn --steps 1", None), "CRN, 800": ("--model crn --steps 800",
-        None), "CRN, 6400": ("--model crn", 2.87), "IMLE, untrained": ("--steps 1", None),
-        "IMLE, 800": ("--steps 800", None), "IMLE, 6400": ("", 3.42)}),
+        "CRN, untrained": ("--model crn --steps 1", None),
+        "CRN, 800": ("--model crn --steps 800", None),
+        "CRN, 3200": ("--model crn --epochs 4 --lr-drop 3", 2.87),
+        "IMLE, untrained": ("--steps 1", None), "IMLE, 800": ("--steps 800", None),
+        "IMLE, 3200": ("--epochs 4 --lr-drop 3", 3.42)}),
     "lab2pix-1": of("lab2pix", SEEN, LAB2PIX + " --version V1", {
         row: (f"--ablation {row}", fid) for row, fid in zip(
             ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
