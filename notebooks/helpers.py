@@ -63,7 +63,7 @@ def picture(image: Tensor) -> np.ndarray:
     return ((image.detach().float() + 1) / 2).clamp(0, 1).movedim(0, -1).numpy()
 
 
-def publish(figure, quality: int = 85) -> None:
+def publish(figure, quality: int = 80) -> None:
     """Show a figure as JPEG, which is a third of a PNG's size, and close it."""
     data = io.BytesIO()
     figure.savefig(data, format="jpeg", pil_kwargs={"quality": quality})
