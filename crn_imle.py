@@ -62,7 +62,7 @@ Paper                             | Released code                     | Here
     VGG's pooling not stated      | average                           | average
     VGG's input not stated        | 0..255 minus Caffe's mean, not    | torchvision's: [0, 1], minus
                                   |   divided                         |   mean, over deviation
-    VGG trained on ImageNet       | the same                          | --vgg; what random sees: build
+    VGG trained on ImageNet       | the same                          | --vgg; random: see build
     a sum of absolute values      | their mean                        | mean
     lambda: equal contributions   | constants                         | measured once; --calibrate
     lambda at the start           | constants of a CRN's training     | 1, or that of --init's CRN
