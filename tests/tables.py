@@ -129,7 +129,7 @@ def goodness(measure: str, value: float) -> float:
 
 
 def orders(name: str, values: dict) -> dict[str, list[str]]:
-    """What became of the paper's order, by each measure: {"better row over the next one": verdicts}."""
+    """What became of the paper's order: {"better row over the next one": verdicts by measure}."""
     table = TABLES[name]
     ranked = sorted((r for r in table.rows if table.rows[r][1] is not None),
                     key=lambda r: table.rows[r][1] * (-1 if table.lower else 1))
@@ -139,7 +139,7 @@ def orders(name: str, values: dict) -> dict[str, list[str]]:
 
 
 def show(name: str, times: int, values: dict, shorter: dict | None = None) -> None:
-    """The table and its orders; beside each of them what it was in shorter runs, if it was another."""
+    """The table and its orders; beside each what it was in shorter runs, if it was another."""
     table = TABLES[name]
     print(f"\n{name}, {table.script}.py {longer(table.flags, times)}")
     print(f"{'':26}{'paper':>8}" + "".join(f"{m:>18}" for m in table.measures))
