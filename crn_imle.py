@@ -522,8 +522,8 @@ def build(cfg: Config, device: torch.device) -> State:
     if cfg.vgg == "random":
         # Ours. Random filters answer to brightness above all, by which a blur is nearer to the
         # photo than a sharp picture whose windows stand elsewhere. Trained ones answer to edges;
-        # so do these, once each sums to 0 and is the same for red, green and blue. Colour is left
-        # to the pixel term.
+        # so do these, once each sums to 0 and is the same for red, green and blue; the root of 3
+        # gives back the scale that a mean of three takes. Colour is left to the pixel term.
         first = vgg.trunk[0].weight.data
         first[:] = (first - first.mean((2, 3), keepdim=True)).mean(1, keepdim=True) * 3 ** .5
     vgg = dress(vgg, cfg, device)
