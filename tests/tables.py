@@ -2,7 +2,7 @@
 
     python tests/tables.py                        all tables; those that are finished cost no time
     python tests/tables.py pix2pix-1 --seeds 3    one of them
-    python tests/tables.py --longer 2             each row twice as long, too: does the order flip?
+    python tests/tables.py --half                 each row half as long, too: did the order flip?
     python tests/tables.py --list                 their names, rows and training commands
 
 A row is a mean and a standard deviation over seeds. "a over b" of the paper holds, falls, or lies
@@ -37,11 +37,11 @@ def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False
 
 
 SEEN = ("IoU", "sharp", "colours")
-PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 6"
+PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 12"
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
-      "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-vgg 10 --epochs 3 --no-smooth")
+      "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-vgg 10 --epochs 6 --no-smooth")
 IMLE = "--preset toy"
-LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 4"
+LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 8"
 TABLES = {
     "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
         "L1": ("--loss L1", .42), "GAN": ("--loss GAN", .22), "cGAN": ("--loss cGAN", .57),
@@ -84,15 +84,16 @@ LESS = {"colours"}                              # 0 is right; below it is by cha
 ONE = {"sharp", "variance", "times"}            # 1 is right
 
 
-def longer(flags: str, times: int) -> str:
-    """With so many times the epochs (IMLE's table has its lengths in its rows)."""
-    return re.sub(r"(?<=--epochs )\d+", lambda epochs: str(int(epochs[0]) * times), flags)
+def halved(flags: str) -> str:
+    """With half the epochs (IMLE's table has its lengths in its rows)."""
+    return re.sub(r"(?<=--epochs )\d+", lambda epochs: str(int(epochs[0]) // 2), flags)
 
 
-def commands(name: str, seeds: int, times: int = 1) -> dict[tuple[str, int], str]:
+def commands(name: str, seeds: int, half: bool = False) -> dict[tuple[str, int], str]:
     """The training command of each row and seed, without its folder."""
     table = TABLES[name]
-    return {(row, seed): " ".join(f"{longer(table.flags, times)} {flags} --seed {seed}".split())
+    shared = halved(table.flags) if half else table.flags
+    return {(row, seed): " ".join(f"{shared} {flags} --seed {seed}".split())
             for row, (flags, _) in table.rows.items() for seed in range(seeds)}
 
 
@@ -138,20 +139,20 @@ def orders(name: str, values: dict) -> dict[str, list[str]]:
         for m in table.measures] for low, high in zip(ranked, ranked[1:])}
 
 
-def show(name: str, times: int, values: dict, shorter: dict | None = None) -> None:
-    """The table and its orders; beside each what it was in shorter runs, if it was another."""
+def show(name: str, values: dict, half: dict | None = None) -> None:
+    """The table and its orders; beside each what it was in runs half as long, if it was another."""
     table = TABLES[name]
-    print(f"\n{name}, {table.script}.py {longer(table.flags, times)}")
+    print(f"\n{name}, {table.script}.py {table.flags}")
     print(f"{'':26}{'paper':>8}" + "".join(f"{m:>18}" for m in table.measures))
     for row, (_, paper) in table.rows.items():
         cells = [f"{spread([v[m] for v in values[row]]):>18}" for m in table.measures]
         print(f"{row:26}{'-' if paper is None else paper:>8}" + "".join(cells))
-    found, before = orders(name, values), orders(name, shorter or values)
+    found, before = orders(name, values), orders(name, half or values)
     for pair in found:
-        said = [f"{m} {now}" + f" (1/{times} as long: {then})" * (now != then)
+        said = [f"{m} {now}" + f" (half as long: {then})" * (now != then)
                 for m, now, then in zip(table.measures, found[pair], before[pair])]
         print(f"    {pair}: {', '.join(said)}")
-    if shorter:
+    if half:
         flips = sum({now, then} == {"holds", "falls"} for pair in found
                     for now, then in zip(found[pair], before[pair]))
         print(f"    flipped, holds to falls or back: {flips} of {len(found) * len(table.measures)}")
@@ -163,8 +164,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="TABLE", help="none: all")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--seeds", type=int, default=3, help="runs per row (3)")
-    parser.add_argument("--longer", type=int, default=1, metavar="N",
-                        help="N times the epochs, compared with the same without (1)")
+    parser.add_argument("--half", action="store_true",
+                        help="compare with the same at half the epochs, trained, too")
     parser.add_argument("--out", default="runs/tables", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -175,17 +176,16 @@ def main() -> None:
     if unknown := set(options.names) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     for name in options.names or TABLES:
-        columns = {}                            # {times as long: {row: the values of its seeds}}
-        for times in sorted({1, options.longer} if "--epochs" in TABLES[name].flags else {1}):
-            columns[times] = {row: [] for row in TABLES[name].rows}
-            for (row, seed), command in commands(name, options.seeds, times).items():
+        lengths = [False, True] if options.half and "--epochs" in TABLES[name].flags else [False]
+        columns = {half: {row: [] for row in TABLES[name].rows} for half in lengths}
+        for half, values in columns.items():
+            for (row, seed), command in commands(name, options.seeds, half).items():
                 if options.list:
                     print(f"{name}: python {TABLES[name].script}.py {command}")
                 else:
-                    columns[times][row].append(values_of(TABLES[name], command, options))
+                    values[row].append(values_of(TABLES[name], command, options))
         if not options.list:
-            (_, shorter), (times, values) = min(columns.items()), max(columns.items())
-            show(name, times, values, shorter if times > 1 else None)
+            show(name, columns[False], columns.get(True))
 
 
 if __name__ == "__main__":

@@ -95,18 +95,18 @@ def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys)
     assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2
 
 
-def test_longer_runs_are_compared_with_shorter_ones(capsys, monkeypatch):
-    table = tables.of("pix2pix", ("IoU", "sharp"), "--epochs 6 --size 64 64", {
+def test_runs_are_compared_with_half_as_long_ones(capsys, monkeypatch):
+    table = tables.of("pix2pix", ("IoU", "sharp"), "--epochs 12 --size 64 64", {
         "a": ("", .4), "b": ("", .5), "c": ("", .6)})
     monkeypatch.setattr(tables, "TABLES", {"one": table})
-    assert tables.commands("one", 1, 2)["a", 0] == "--epochs 12 --size 64 64 --seed 0"
+    assert tables.commands("one", 1, half=True)["a", 0] == "--epochs 6 --size 64 64 --seed 0"
     of = lambda **rows: {row: [dict(zip(table.measures, values))] for row, values in rows.items()}
-    shorter = of(a=(.1, .75), b=(.2, .5), c=(.3, 1.25))
-    assert tables.orders("one", shorter) == {"b over a": ["holds", "falls"],
-                                             "c over b": ["holds", "holds"]}
-    tables.show("one", 2, of(a=(.3, .75), b=(.2, .75), c=(.4, 1.25)), shorter)
+    half = of(a=(.1, .75), b=(.2, .5), c=(.3, 1.25))
+    assert tables.orders("one", half) == {"b over a": ["holds", "falls"],
+                                          "c over b": ["holds", "holds"]}
+    tables.show("one", of(a=(.3, .75), b=(.2, .75), c=(.4, 1.25)), half)
     said = capsys.readouterr().out
-    was = "sharp within the spread (1/2 as long"
+    was = "sharp within the spread (half as long"
     assert "--epochs 12" in said and f"c over b: IoU holds, {was}: holds)" in said
-    assert f"b over a: IoU falls (1/2 as long: holds), {was}: falls)" in said
+    assert f"b over a: IoU falls (half as long: holds), {was}: falls)" in said
     assert "flipped, holds to falls or back: 1 of 4" in said             # ties are no flips
