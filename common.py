@@ -1907,7 +1907,8 @@ def render(layout: Layout, style: Style) -> np.ndarray:
         albedo[:, :len(M_RGB)] += M_SNOW * (.93 - albedo[:, :len(M_RGB)])
     flat = layout.code
     image = np.take(albedo.reshape(-1, 3), flat, 0)
-    image *= layout.light @ air[:3]
+    # No matrix product: after one, the threads of numpy's BLAS keep torch's from the cores a while.
+    image *= np.einsum("nk,kc->nc", layout.light, air[:3])
     if on:
         image[layout.glow] += on * layout.strength * M_GLOW[flat[layout.glow] % ROW]
     low, clear, grey, star = layout.air.T[:, :, None]

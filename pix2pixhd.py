@@ -251,14 +251,15 @@ PRESETS = {
     # Ours, for the streets on a laptop's CPU. The networks are narrow, which allows Adam a larger
     # rate. A random VGG keeps small objects in shape. --smooth removes the dots of the transposed
     # convolutions, which training removes only in far more steps. There is little time for full
-    # size: no stage trains the enhancer alone.
-    "toy": dict(size=(128, 256), limit=400, width=32, downs=2, blocks=3, enhancer_blocks=2,
+    # size: no stage trains the enhancer alone, and half of lambda_fm lets D ask for edges sooner.
+    "toy": dict(size=(96, 192), limit=400, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 smooth=True, scales=3, d_width=16, features=3, e_width=8, vgg="random", vgg_width=8,
-                lambda_vgg=30.0, lr=6e-4, epochs=4, fine_epochs=2, enhancer_epochs=0,
+                lambda_fm=5.0, lambda_vgg=30.0, lr=6e-4, epochs=2, fine_epochs=4, enhancer_epochs=0,
                 min_area=0.002, scorer_width=16, scorer_steps=600),
 }
-# Ours, too: the same for an hour.
-PRESETS["streets"] = PRESETS["toy"] | dict(limit=800, epochs=3, fine_epochs=7, scorer_steps=1200)
+# Ours, too: the same for an hour, larger, and with the paper's lambda_fm.
+PRESETS["streets"] = PRESETS["toy"] | dict(size=(128, 256), limit=800, lambda_fm=10.0, epochs=3,
+                                           fine_epochs=7, scorer_steps=1200)
 
 
 def configure(preset: str, given: dict) -> Config:

@@ -39,7 +39,8 @@ def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False
 SEEN = ("IoU", "sharp", "colours")
 PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 12"
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
-      "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-vgg 10 --epochs 6 --no-smooth")
+      "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --lambda-vgg 10 --epochs 6 "
+      "--no-smooth")
 IMLE = "--preset toy"
 LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 8"
 TABLES = {
