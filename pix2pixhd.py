@@ -251,7 +251,7 @@ PRESETS = {
     # Ours, for the streets on a laptop's CPU. The networks are narrow, which allows Adam a larger
     # rate. A random VGG keeps small objects in shape. --smooth removes the dots of the transposed
     # convolutions, which training removes only in far more steps. There is little time for full
-    # size: no stage trains the enhancer alone, and half of lambda_fm lets D ask for edges sooner.
+    # size: no stage trains the enhancer alone, and half of lambda_fm gave sharper pictures.
     "toy": dict(size=(96, 192), limit=400, width=32, downs=2, blocks=3, enhancer_blocks=2,
                 smooth=True, scales=3, d_width=16, features=3, e_width=8, vgg="random", vgg_width=8,
                 lambda_fm=5.0, lambda_vgg=30.0, lr=6e-4, epochs=2, fine_epochs=4, enhancer_epochs=0,
