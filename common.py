@@ -1,7 +1,5 @@
-"""What the four scripts share: settings, data, the streets, VGG, the FCN scorer, a run's files.
-
-What would be word for word the same in four files stands here once: how a setting becomes a flag,
-the loader, and how a run's files are written and read. The rest is data, and networks that judge.
+"""What the four scripts share: it reads data and holds frozen networks. Nothing here is trained by
+a paper's method; whatever changes a weight of theirs, and what a run writes, stands in the scripts.
 
 A dataset is a folder in any common layout, found by the table LAYOUTS below; adding a layout is
 adding a row. Without a folder there are the streets: a procedural set whose true distribution is
@@ -15,8 +13,8 @@ known. Every item is a dict of public names, the same in all files:
 
 What a user can get wrong raises UserError with one line: file or value, what is wrong, the cure.
 
-Contents    1 Settings   2 Class tables   3 Files   4 Dataset   5 Data doctor   6 Streets   7 VGG
-            8 FCN-8s   9 Run files
+Contents    1 Settings   2 Class tables   3 Files   4 Dataset   5 Data doctor and trace   6 Streets
+            7 VGG   8 FCN-8s   9 Files of weights
 """
 
 import os
@@ -26,29 +24,29 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
-import multiprocessing.util
 import pickle
 import re
 import signal
 import sys
 import time
-import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import IO, get_args
+from typing import get_args
 
-import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,69 +59,93 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line, exit code 2, no traceback."""
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes): (0, 1) unless torchrun started several."""
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are: (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @functools.cache
 def notice(text: str) -> None:
     """Print what was decided on the user's behalf, once per text."""
-    print(f"note: {text}".encode("utf-8", "backslashreplace").decode())    # a name may be Latin-1
+    print(f"note: {text}")
+
+
+def draw_seed(seed: int, name: str, k: int = 0) -> int:
+    """The seed of sample k of the image `name`: at test time every image has draws of its own."""
+    return zlib.crc32(f"{seed} {k} {name}".encode("utf-8", "surrogateescape"))
 
 
 # -------------------------------------------------------------------------------- 1 Settings
 
-MOST = 10 ** 9                                  # what stands for "as many as you like"
-
-
-class Within(tuple):
-    """(low, high): what a number may be, where words have a list of choices.
-
-    Iterating says it in words, for the line of error.
-    """
+@dataclass(frozen=True)
+class Within:
+    """What a number may be, where words have a list of choices."""
+    low: float
+    high: float = math.inf
 
     def __contains__(self, x) -> bool:
-        return self[0] <= x <= self[1]
+        return self.low <= x <= self.high
 
-    def __iter__(self):
-        yield f"{self[0]} or more" if self[1] == MOST else f"{self[0]}..{self[1]}"
-
-
-COUNT, POSITIVE, SHARE = Within((0, MOST)), Within((1, MOST)), Within((0, 0.9999))
+    def __str__(self) -> str:
+        return f"{self.low} or more" if self.high == math.inf else f"{self.low}..{self.high}"
 
 
-def setting(default, text: str, choices=None, **more):
-    """A field of a script's Config: the one declaration of its default, meaning and range.
+COUNT, POSITIVE, SHARE = Within(0), Within(1), Within(0, 0.9999)
 
-    as_argument makes the flag and its line of --help from it, check_settings the check.
+
+def setting(default, text: str, choices: tuple | Within | dict | None = None,
+            modes: tuple[str, ...] = (), free: str = ""):
+    """A field of a script's Config: the one declaration of its default, meaning, range and use.
+
+    parse makes the flag and its line of --help from it, check_settings the check.
+
+    choices: words, a range, or a dict: each of its words is a flag, all are kept in their order.
+    modes: those that know the flag; none: all do.
+    free: what a checkpoint says of it. "": its value, another one is refused. "test": another one
+        may be given when the checkpoint is tested; "resume": also when its run goes on. "call":
+        nothing, it belongs to one call alone.
     """
-    shown = ("off", "on")[default] if isinstance(default, bool) else (
-        " ".join(map(str, default)) if isinstance(default, tuple) else default)
-    shown = "" if shown in ("", None) else f" ({shown})"
-    return field(default=default, metadata={"choices": choices, "help": text + shown} | more)
+    shown = default
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif isinstance(default, tuple):
+        shown = " ".join(map(str, default))
+    if shown not in ("", None):
+        text = f"{text} ({shown})"
+    return field(default=default, metadata={"help": text, "choices": choices, "modes": modes,
+                                            "free": free})
+
+
+def flags(config) -> list[Field]:
+    """The fields of a Config that are settings; a plain field is no flag."""
+    return [f for f in fields(config) if f.metadata]
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def kind_of(f: Field) -> tuple[type, int | str | None]:
-    """A setting's type, and how many values it holds.
-
-    int | None gives (int, None), tuple[int, int] (int, 2), tuple[str, ...] (str, "+").
-    """
-    kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type
+def as_argument(f: Field) -> dict:
+    """How argparse adds the flag of a setting: tuple[int, int] takes two values, tuple[str, ...]
+    one or more. Ranges are checked later, by check_settings, so they are no choices here."""
+    kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type      # int | None: int
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
     parts = get_args(kind)
-    return (parts[0], "+" if ... in parts else len(parts)) if parts else (kind, None)
+    words = {"type": parts[0] if parts else kind, "help": f.metadata["help"]}
+    if parts:
+        words |= {"nargs": "+", "action": "extend"} if ... in parts else {"nargs": len(parts)}
+    if isinstance(f.metadata["choices"], tuple):
+        return words | {"choices": f.metadata["choices"]}
+    return words | {"metavar": words["type"].__name__.upper()}
 
 
-def parse(words: list[str], settings: type, name: str, modes: tuple, only: dict,
+def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
           about: str | None) -> tuple[str, dict]:
     """A script's command line: the mode, and the settings that were given.
 
-    Each field of `settings` is a flag. `only`: the modes of those flags that not all modes know.
-    `about`: the script's docstring, whose first and last paragraphs frame the list of flags.
+    Each field of `settings` is a flag. `about`: the script's docstring, whose first and last
+    paragraphs frame the list of flags.
     """
     about = about or ""                         # python -OO leaves it out
     p = argparse.ArgumentParser(
@@ -132,36 +154,48 @@ def parse(words: list[str], settings: type, name: str, modes: tuple, only: dict,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = refuse
     p.add_argument("mode", nargs="?", default="train", help="what to do (train)")
-    for f in fields(settings):
-        p.add_argument(flag(f.name), **as_argument(f))
+    for f in flags(settings):
+        if isinstance(f.metadata["choices"], dict):     # each word is a flag, of this form
+            for word, form in f.metadata["choices"].items():
+                how = {"action": "append_const", "const": word} if not form else {
+                    "action": "append", "type": f"{word} {{}}".format, "metavar": form}
+                p.add_argument(flag(word), dest=f.name, help=f.metadata["help"], **how)
+        else:
+            p.add_argument(flag(f.name), **as_argument(f))
     given, strange = p.parse_known_args(words)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
     mode = given.pop("mode")
-    if strange:
+    if strange:                                 # before the mode: its value stands there, perhaps
         raise UserError(f"{strange[0]}: no such flag; --help lists all")
     if mode not in modes:
         raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
-    for key, value in given.items():
-        if mode not in only.get(key, modes):
-            raise UserError(f"{flag(key)} goes with {' or '.join(only[key])}, not with {mode}")
-        if "" in (value if isinstance(value, tuple) else [value]):
-            raise UserError(f"{flag(key)} '': empty, as a shell variable that is not set; leave "
-                            "the flag out")
+    for f in flags(settings):
+        known = f.metadata["modes"] or modes
+        if f.name in given and mode not in known:
+            raise UserError(f"{flag(f.name)} goes with {' or '.join(known)}, not with {mode}")
+        if given.get(f.name) in ("", ("",)):    # a shell variable that is not set
+            raise UserError(f"{flag(f.name)} '': empty; leave the flag out")
     return mode, given
 
 
-def as_argument(f: Field) -> dict:
-    """How argparse adds the flag of a setting. Ranges are checked later, by check_settings."""
-    kind, n = kind_of(f)
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
-    words = {"type": kind, "nargs": n} | f.metadata
-    if isinstance(words["choices"], Within) or not words["choices"]:    # no list to choose from
-        words |= {"choices": None, "metavar": words.get("metavar", kind.__name__.upper())}
-    return words
+def refuse(text: str) -> None:
+    """In place of argparse's own way, which prints a screen of usage before the one line."""
+    raise UserError(f"{text}; --help lists all flags")
 
 
-def row_of(table: dict[str, dict], option: str, name: str) -> dict:
+def check_settings(cfg) -> None:
+    """Each setting of a Config lies in its range, wherever it came from."""
+    for f in flags(cfg):
+        value, allowed = getattr(cfg, f.name), f.metadata["choices"]
+        for one in value if isinstance(value, tuple) else [value]:
+            if isinstance(allowed, dict):       # "flag value": the script knows its forms
+                continue
+            if allowed and one is not None and one not in allowed:
+                words = " or ".join(map(str, allowed)) if isinstance(allowed, tuple) else allowed
+                raise UserError(f"{flag(f.name)} {one}: must be {words}")
+
+
+def find_preset(table: dict[str, dict], option: str, name: str) -> dict:
     """The row of a table of settings that an option names; without a name there are none."""
     if name and name not in table:
         raise UserError(f"{option} {name}: choose one of {', '.join(table)}")
@@ -171,50 +205,29 @@ def row_of(table: dict[str, dict], option: str, name: str) -> dict:
 def check_sides(option: str, size: tuple[int, int], unit: int, least: int, why: str) -> None:
     """Refuses a size (H, W) unless both sides are multiples of `unit`, and `least` or more."""
     if any(side % unit or side < least for side in size):
+        least = math.ceil(least / unit) * unit
         near = [max(least, round(side / unit) * unit) for side in size]
         raise UserError(f"{option} {size[0]} {size[1]}: {why}, so both sides must be multiples of "
                         f"{unit}, {least} or more; the nearest is {option} {near[0]} {near[1]}")
 
 
-def refuse(text: str) -> None:
-    """In place of argparse's own way, which prints a screen of usage before the one line."""
-    raise UserError(f"{text}; --help lists all flags")
-
-
-def check_settings(cfg) -> None:
-    """Each setting of a Config has its type and lies in its range, wherever it came from."""
-    for f in fields(cfg):
-        value, allowed, (kind, n) = getattr(cfg, f.name), f.metadata["choices"], kind_of(f)
-        if value is None and f.default is None:
-            continue
-        if isinstance(value, tuple) != bool(n) or isinstance(n, int) and len(value) != n:
-            raise UserError(f"{flag(f.name)} {value}: {n or 'one'} value(s) expected")
-        for one in value if n else [value]:
-            numbers = (int, float) if kind is float else kind
-            if not isinstance(one, numbers) or isinstance(one, bool) != (kind is bool):
-                raise UserError(f"{flag(f.name)} {one}: no {kind.__name__}")
-            if allowed and one not in allowed:
-                raise UserError(f"{flag(f.name)} {one}: must be {' or '.join(map(str, allowed))}")
-
-
 def shell(main: Callable, name: str) -> None:
     """Run a script's main; what a user can mend is one line, and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):      # a name may hold what the console cannot show
-            stream.reconfigure(errors="backslashreplace")
+    for channel in ("stdout", "stderr"):
+        if getattr(sys, channel) is None:       # closed by whoever started us
+            setattr(sys, channel, open(os.devnull, "w"))
+        getattr(sys, channel).reconfigure(errors="backslashreplace")    # names no console shows
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
-        if isinstance(error, OSError) and error.strerror:       # a full disk, permissions
-            text = f"{error.filename or 'reading or writing'}: {error.strerror}"
-        elif not isinstance(error, (UserError, OSError)):
-            if isinstance(error, RuntimeError) and "memory" not in text:
-                raise                           # a mistake of ours
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
             text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
                     f"bf16, helps ({text})")
+        elif isinstance(error, RuntimeError):
+            raise                               # a mistake of ours
         print(f"{name}.py: error: {text}", file=sys.stderr)
         sys.exit(2)
 
@@ -261,6 +274,7 @@ def rows(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
 
 
 CITYSCAPES = torchvision.datasets.Cityscapes.classes       # by id; the licence plate is last, 34
+TRAINED = [c for c in CITYSCAPES if not c.ignore_in_eval]  # the 19 that count, by "train id"
 CAMVID = rows("""sky 128 128 128, building 128 0 0, pole 192 192 128, road 128 64 128,
     pavement 60 40 222, tree 128 128 0, sign 192 128 128, fence 64 64 128, car 64 0 128,
     pedestrian 64 64 0, bicyclist 0 128 192""")
@@ -314,6 +328,9 @@ TABLES = {
         tuple(c.name for c in CITYSCAPES), tuple(c.color for c in CITYSCAPES),
         things=frozenset(c.name for c in CITYSCAPES if c.has_instances),
         scored=tuple(k for k, c in enumerate(CITYSCAPES) if not c.ignore_in_eval)),
+    "cityscapes_train": ClassTable(
+        tuple(c.name for c in TRAINED), tuple(c.color for c in TRAINED),
+        things=frozenset(c.name for c in TRAINED if c.has_instances), unknown=255),
     "camvid": ClassTable(*CAMVID, things=frozenset({"car", "pedestrian", "bicyclist"}), unknown=11),
     "facades": ClassTable(*FACADES, things=frozenset(["window", "door", "balcony"]), first=1),
     "ade20k": ClassTable(names(ADE20K), unknown=0, first=1, things=frozenset(names(
@@ -349,14 +366,15 @@ def class_id(name: str | int, table: ClassTable) -> int:
 
 ITEM_KEYS = ("label", "instance", "image", "input")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+ARRAYS = {".npy", ".npz", ".mat", ".h5", ".exr", ".jp2", ".heic", ".avif", ".dcm"}  # not read
 # All that is ever opened, whatever a file is called: for some others Pillow starts a program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "PPM", "GIF")
-# How Pillow reads stored values that can be ids, and what it multiplies them by: 2 and 4 bits of
-# grey are spread over 0..255. What is not here it inverts, rounds or scales in other ways.
-ID_BITS = dict.fromkeys(("1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16N", "I;16S",
-                         "I;16BS", "I;16NS", "I;32N", "I;32S", "I;32BS", "RGB", "RGBA", "BGR",
-                         "BGRX", "BGRA"), 1)
-ID_BITS |= {"L;2": 85, "L;4": 17}
+Image.MAX_IMAGE_PIXELS = 2 ** 28                         # Pillow refuses twice as many
+# Kinds of pixels, in Pillow's words.
+GREY = ("1", "L", "L;2", "L;4", "LA", "I;16", "I")
+COLOUR = ("P", "PA", "RGB", "RGBA", "YCbCr", "RGB;16")
+DEEP = ("I;16", "I", "RGB;16")                           # more than 8 bit
+MAPS = ("1", "L", "P", "RGB", "I;16")                    # what a label or instance map may be
 
 
 @dataclass(frozen=True)
@@ -366,32 +384,22 @@ class FolderLayout:
     roles: dict[str, str]
     train: tuple[str, ...] = ("train",)
     test: tuple[str, ...] = ("test", "val")
-    classes: str = ""                                # a row of TABLES; "" counts the files' ids
-
-    @property
-    def first(self) -> tuple[str, str]:
-        return next(iter(self.roles.items()))
+    classes: str = ""            # a row of TABLES, which the files' contents confirm or not
 
 
 LAYOUTS = [
-    FolderLayout("Cityscapes", {"label": "gtFine/{}/*/*_gtFine_labelIds.png",
+    FolderLayout("Cityscapes", {"label": "gtFine/{}/*/*_gtFine_label*Ids.png",
                                 "instance": "gtFine/{}/*/*_gtFine_instanceIds.png",
                                 "image": "leftImg8bit/{}/*/*_leftImg8bit.*"},
                  test=("val",), classes="cityscapes"),   # the labels of its test split are withheld
-    FolderLayout("pix2pixHD Cityscapes", {"label": "{}_label/*_gtFine_labelIds.png",
-                                          "instance": "{}_inst/*_gtFine_instanceIds.png",
-                                          "image": "{}_img/*_leftImg8bit.*"},
-                 classes="cityscapes"),
-    FolderLayout("SPADE COCO-Stuff", {"label": "{}_label/000000??????.png",
-                                      "instance": "{}_inst/000000??????.png",
-                                      "image": "{}_img/000000??????.*"}, classes="coco_stuff"),
     FolderLayout("pix2pixHD", {"label": "{}_label/*", "instance": "{}_inst/*",
-                               "image": "{}_img/*"}),
+                               "image": "{}_img/*"}),    # also Cityscapes and COCO-Stuff, so named
     FolderLayout("pix2pixHD pairs", {"A": "{}_A/*", "B": "{}_B/*"}),
-    FolderLayout("ADE20K", {"label": "annotations/{}/*.png", "image": "images/{}/*"},
+    FolderLayout("ADE20K", {"label": "annotations/{}/*", "image": "images/{}/*"},
                  train=("training",), test=("validation",), classes="ade20k"),
-    FolderLayout("CamVid", {"label": "{}annot/*.png", "image": "{}/*"}, classes="camvid"),
-    FolderLayout("GTA-5", {"label": "labels/*.png", "image": "images/*"}, classes="cityscapes"),
+    FolderLayout("CamVid", {"label": "{}annot/*", "image": "{}/*"}, classes="camvid"),
+    FolderLayout("images and labels", {"label": "labels/*", "image": "images/*"},
+                 classes="cityscapes"),            # GTA-5 lies so, and many a set of one's own
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
     FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
     FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
@@ -401,216 +409,263 @@ LAYOUTS = [
 ]
 
 
+def key_of(path: Path, role: str) -> str:
+    """The name that partners share: without an ending that says what a file is."""
+    ends = "_[AB]$" if role in ("A", "B") else (
+        "(_gtFine)?_(labelIds|labelTrainIds|instanceIds|color)$|_leftImg8bit$|"
+        "_(labels?|instances?|inst|images?|img)$")
+    return re.sub(ends, "", path.stem) or path.stem
+
+
 def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
-    """Files by key: what `*` matched, without its ending, the layout's suffix or a role's name."""
-    folder = root / pattern.replace("{}", split).rpartition("/")[0]
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):    # glob finds nothing in it
-        raise UserError(f"{folder}: may not be read; check its permissions")
-    stem, _, ending = pattern.partition(".")
-    suffix, endings = re.split(r"[*?]", stem)[-1], {f".{ending}"} if ending.isalpha() else SUFFIXES
-    words = "A|B" if role in ("A", "B") else "label|instance|inst|image|img"
-    found = {}
-    for path in sorted(root.glob(stem.replace("{}", split) + ".*")):
-        if path.suffix.lower() not in endings or path.name.startswith(".") or not path.is_file():
-            continue                             # macOS leaves "._name.png" beside name.png
-        key = re.sub(rf"({re.escape(suffix)}|_({words}))$", "", path.stem)
-        if key in found:
-            raise UserError(f"{path}: same name as {found[key]}; pairs go by name, rename one")
-        found[key] = path
+    """Files by key. Folders below a split's own are searched, too, and are a part of the key."""
+    stem, _, ending = pattern.replace("{}", split).partition(".")
+    folder, _, last = stem.rpartition("/")
+    if (root / folder).is_dir() and not os.access(root / folder, os.R_OK | os.X_OK):
+        raise UserError(f"{root / folder}: may not be read; check its permissions")
+    nested, found = "{}" in pattern and "*" not in folder, {}
+    endings = {f".{ending}"} if ending.isalpha() else SUFFIXES
+    # Cityscapes' maps lie side by side in several forms, of which one is meant: it comes first.
+    meant = "_instanceIds" if role == "instance" else "_labelIds"
+    paths = root.glob(f"{folder}/**/{last}.*" if nested else f"{stem}.*")
+    for path in sorted(paths, key=lambda path: (not path.stem.endswith(meant), path)):
+        inner = path.relative_to(root / folder) if nested else Path(path.name)
+        hidden = any(part.startswith(".") for part in inner.parts)       # macOS leaves "._name.png"
+        if hidden or path.suffix.lower() not in endings or not path.is_file():
+            continue
+        key = (inner.parent / key_of(path, role)).as_posix()
+        if key in found and not found[key].stem.endswith(meant):
+            raise UserError(f"{path}: the same example as {found[key]}, by its name {key}; rename "
+                            "or remove one")
+        found.setdefault(key, path)
     return found
 
 
 def detect(root: Path, photos_only: bool) -> FolderLayout:
-    """The first layout of the table that has files, and most of those in its folder."""
+    """The first layout of the table that has files."""
     if not root.is_dir():
         raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
     left_out = ["pair"] if photos_only else ["image"]        # both would take a folder of photos
-    layouts = [layout for layout in LAYOUTS if list(layout.roles) != left_out]
-    size = lambda layout: sum(len(find(root, layout.first[1], split, layout.first[0]))
-                              for split in {*layout.train, *layout.test})
-    for layout in layouts:
-        (role, pattern), n = layout.first, size(layout)
-        most = n and max(size(other) for other in layouts
-                         if other.first[1].rpartition("/")[0] == pattern.rpartition("/")[0])
-        if n < most:
-            notice(f"{n} of {most} {role} files are named as in {layout.name}; "
-                   + ("the others are left out" if 2 * n > most else "too few to be that layout"))
-        if 2 * n > most:
+    for layout in [layout for layout in LAYOUTS if list(layout.roles) != left_out]:
+        role, first = next(iter(layout.roles.items()))
+        if any(find(root, first, split, role) for split in (*layout.train, *layout.test)):
             return layout
-    inside = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-    looked = [layout.first[1].replace("{}", "train") for layout in LAYOUTS]
-    if any(Path(name).suffix.lower() in SUFFIXES for name in inside):
-        raise UserError(f"--data {root}: photos only; colorization and inpainting can use them, "
-                        "else labels or pairs are needed")
-    raise UserError(f"--data {root}: no known layout; looked for "
-                    f"{', '.join(dict.fromkeys(looked))}; found "
-                    f"{', '.join(inside[:8]) or 'nothing'}{', ...' * (len(inside) > 8)}")
+    inside = ", ".join(sorted(p.name + "/" * p.is_dir() for p in root.iterdir())[:8]) or "nothing"
+    arrays = [path for path in root.rglob("*.*") if path.suffix.lower() in ARRAYS]
+    if arrays:
+        raise UserError(f"{arrays[0]}: {arrays[0].suffix} is not read; save as PNG")
+    if find(root, "*", "", "image"):
+        raise UserError(f"--data {root}: photos only, in the folder itself: pix2pix.py --task "
+                        "colorization or inpainting can use them; pairs side by side belong into "
+                        "its train/")
+    looked = dict.fromkeys(next(iter(layout.roles.values())).replace("{}", "train")
+                           for layout in LAYOUTS)
+    raise UserError(f"--data {root}: no known layout; looked for {', '.join(looked)}; found "
+                    f"{inside}")
 
 
 def pair_up(root: Path, layout: FolderLayout, split: str,
-            unpaired: bool = False) -> dict[str, dict[str, Path]]:
-    """Partners of one split, matched by key: {key: {role: path}}, sorted.
-
-    `unpaired`: where names differ, A and B are two lists side by side, the shorter one repeated.
-    """
+            only: str = "") -> dict[str, dict[str, Path]]:
+    """Partners of one split, matched by key: {key: {role: path}}, sorted. `only`: one role."""
+    globs = {role: glob for role, glob in layout.roles.items() if not only or role == only
+             or role == "pair" and only in ("A", "B")}
+    if not globs:
+        raise UserError(f"--data {root}: layout {layout.name} has no {only} files")
+    first, has_splits = next(iter(globs)), "{}" in next(iter(globs.values()))
     options = layout.train if split == "train" else layout.test
-    first, pattern = layout.first
-    has_splits = "{}" in pattern
     for option in options if has_splits else ("",):
-        roles = {role: find(root, glob, option, role) for role, glob in layout.roles.items()}
+        roles = {role: find(root, glob, option, role) for role, glob in globs.items()}
         if roles[first]:
             break
     keys = sorted(roles[first])
     if not has_splits:
         keys = split_keys(root, keys, split)
-    if unpaired and layout.name == "unpaired" and roles["B"] and set(roles["B"]) != set(keys):
-        a, b = sorted(roles["A"].items()), sorted(roles["B"].items())
-        return {a[i % len(a)][0] + f"_{i}" * (i >= len(a)):
-                {"A": a[i % len(a)][1], "B": b[i % len(b)][1]} for i in range(max(len(a), len(b)))}
     for role, files in roles.items():
         missing = [key for key in keys if key not in files] if files else []
         if missing:
-            raise UserError(f"{roles[first][missing[0]]}: no {role} of the same name (missing for "
-                            f"{len(missing)} of {len(keys)}: {', '.join(missing[:4])})")
+            raise UserError(f"{roles[first][missing[0]]}: no {role} of the same name, in the same "
+                            f"letters (missing for {len(missing)} of {len(keys)}: "
+                            f"{', '.join(missing[:4])})")
         extra = sorted(set(files) - set(roles[first]))
         if extra:
             notice(f"{len(extra)} {role} files without a {first} are left out: "
                    + ", ".join(extra[:4]))
-    return {key: {role: files[key] for role, files in roles.items() if key in files}
-            for key in keys}
+    return {key: {role: files[key] for role, files in roles.items() if files} for key in keys}
 
 
 def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
     """Without split folders: train.txt or test.txt if present, else every tenth is held out."""
     listed = {}
     for name in ("val", "test", "train"):           # test.txt goes before val.txt
-        if (root / f"{name}.txt").is_file():
-            try:                                    # "-sig": Windows begins a text with a mark
-                lines = (root / f"{name}.txt").read_text(encoding="utf-8-sig").split("\n")
-            except UnicodeDecodeError:
-                raise UserError(f"{root / name}.txt: not UTF-8; save it as UTF-8 text")
+        path = root / f"{name}.txt"
+        if path.is_file():                          # "-sig": Windows begins a text with a mark
+            lines = path.read_text("utf-8-sig", errors="replace").splitlines()
             stems = {Path(line.strip()).stem for line in lines if line.strip()}
             listed["train" if name == "train" else "test"] = stems
             if stems - set(keys):
-                notice(f"{root / name}.txt: {len(stems - set(keys))} of {len(stems)} entries name "
-                       f"no file: {', '.join(sorted(stems - set(keys))[:4])}")
-    both = set(keys).intersection(*listed.values()) if len(listed) == 2 else set()
-    if both:
-        notice(f"{root}: {len(both)} files are in both lists and are left out of testing: "
-               + ", ".join(sorted(both)[:4]))
-        listed["test"] -= both
-    if split in listed:
-        return [key for key in keys if key in listed[split]]
-    if listed:                                      # one list alone: the other split is the rest
-        return [key for key in keys if key not in next(iter(listed.values()))]
-    if len(keys) == 1:
-        return keys if split == "train" else []
-    return [key for i, key in enumerate(keys) if (i % 10 == 1) == (split != "train")]
+                notice(f"{path}: {len(stems - set(keys))} of {len(stems)} entries name no file: "
+                       + ", ".join(sorted(stems - set(keys))[:4]))
+    test = listed.get("test", set(keys if listed else keys[1::10]))
+    train = listed.get("train", set(keys) - test)
+    if test & train and len(listed) == 2:
+        notice(f"{root}: {len(test & train)} files of both lists are left out of testing")
+    return [key for key in keys if key in (train if split == "train" else test - train)]
 
 
-def open_image(path: Path) -> Image.Image:
-    """The file's header; `pixels` reads the rest and turns it upright."""
+@contextlib.contextmanager
+def opened(path: Path, role: str) -> Iterator[tuple[Image.Image, str]]:
+    """A file's image, of which the header has been read, and the kind of its pixels: one of GREY,
+    COLOUR or MAPS by its role. Other kinds, and whatever goes wrong in reading, are one line."""
     try:
-        if not path.stat().st_size:
-            raise UserError(f"{path}: an empty file; delete it or download it again")
-        return Image.open(path, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that can be read; that is {', '.join(FORMATS)}")
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not an image that can be read ({error})")
-    except OSError as error:                    # missing, no permission; without a text, damaged
-        why = error.strerror or f"damaged ({error}); delete it or download it again"
-        raise UserError(f"{path}: {why}")
+        with Image.open(path, formats=FORMATS) as image:
+            kind, stored = image.mode, str(image.tile[0][3]) if image.tile else ""
+            if kind.startswith("I;16") or kind == "I" and image.format == "PNG":
+                kind = "I;16"                   # in whatever order of bytes
+            elif ";16" in stored and kind != "I" or image.format == "PPM" and "('RGB'" in stored:
+                kind += ";16"                   # Pillow would drop the lower eight
+            elif stored in ("L;2", "L;4"):
+                kind = stored                   # Pillow would spread them over 0..255
+            bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 1
+            if role in ("label", "instance") and (image.format != "PNG" or kind not in MAPS):
+                raise UserError(f"{path}: {image.format} of kind {kind} is no {role} map: its ids "
+                                "may have changed; save as 8-bit grey PNG")
+            if kind not in GREY + COLOUR or bands > len(image.getbands()) or (
+                    kind == "RGB;16" and image.format != "PNG"):
+                raise UserError(f"{path}: {image.format} of kind {kind}, "
+                                f"{max(bands, len(image.getbands()))} bands: a part of it would be "
+                                "lost; save as PNG, grey or RGB")
+            yield image, kind
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or str(error).partition(", could be")[0]
+        raise UserError(f"{path}: cannot be read ({why}) as {', '.join(FORMATS)} of four bands at "
+                        "most; save it as PNG, or download it again")
 
 
-def pixels(path: Path, image: Image.Image, mode: str = "") -> np.ndarray:
-    """The first frame, upright as the camera held it, converted to `mode` if given."""
-    try:
-        image = ImageOps.exif_transpose(image)
-        return np.asarray(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it or download it again")
+def read_header(path: Path, role: str) -> tuple[tuple[int, int], str, bytes]:
+    """(H, W) upright, the kind of pixels, and the palette if there is one; no pixel is read."""
+    with opened(path, role) as (image, kind):
+        turned = image.format == "TIFF" or image.info.keys() & {"exif", "xmp"}
+        held = image.getexif().get(0x0112, 1) if turned else 1           # how the camera was held
+        return (image.size if held >= 5 else image.size[::-1], kind,
+                bytes(image.getpalette()) if kind == "P" else b"")
 
 
-def read_image(path: Path) -> Tensor:
-    """Any photo -> (3, H, W) uint8: grey is repeated, alpha dropped, 16 bits are scaled."""
-    image = open_image(path)
-    if image.mode in ("I;16", "I;16B", "I", "F"):
-        deep = pixels(path, image).astype(np.float64)
-        low, high = deep.min(), deep.max()
-        if not np.isfinite(deep).all():
-            raise UserError(f"{path}: {np.sum(~np.isfinite(deep))} pixels are nan or infinite")
-        notice(f"{path}: {image.mode} pixels, scaled from {low:g}..{high:g} to 0..255")
-        image = Image.fromarray(np.uint8(np.round(255 * (deep - low) / max(high - low, 1e-12))))
-    if image.mode in ("RGBA", "LA", "PA"):
-        notice("transparency is dropped, in all files that have it")
-    rgb = pixels(path, image, "RGB")
-    if getattr(image, "is_animated", False):
-        notice(f"{path}: animated; only the first frame is used")
-    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
+def read_deep(path: Path) -> np.ndarray:
+    """The values of a photo of more than 8 bit, (H, W, 1 or 3)."""
+    with opened(path, "image") as (image, kind):
+        if kind != "RGB;16":
+            return np.asarray(ImageOps.exif_transpose(image))[..., None]
+        with Image.open(path) as low:           # Pillow reads the first byte of each two; of the
+            low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]   # other order, the second
+            return 256 * np.asarray(image, np.int64) + np.asarray(low)
 
 
-def read_ids(path: Path, what: str) -> np.ndarray:
-    """The values stored in a label or instance map, int64: ids (H, W), or colours (H, W, 3).
+def read_image(path: Path, span: tuple[float, float] | None = None, grey: bool = False) -> Tensor:
+    """Any photo -> (3, H, W) uint8: grey is repeated, transparency laid on white.
 
-    Bits that were packed with a loss, or that Pillow would not give back as they are, are refused.
+    span: the values that become 0 and 255 where there are more than 8 bit; None takes the file's.
+    grey: colours become grey, too.
     """
-    image = open_image(path)
-    packed = str(image.info.get("compression"))            # of a TIFF, which may hold a JPEG
-    if image.format in ("JPEG", "WEBP") or path.suffix.lower() in (".jpg", ".jpeg") or (
-            "jpeg" in packed or "webp" in packed):
-        raise UserError(f"{path}: a lossy {what} map; JPEG changes ids, export them as PNG")
-    codec, _, _, bits = image.tile[0] if image.tile else ("", (), 0, "")
-    bits = "P" if image.format == "GIF" else bits if isinstance(bits, str) else bits[0]
-    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0       # white is zero
-    if bits not in ID_BITS or codec.startswith("ppm") or inverted:
-        raise UserError(f"{path}: {image.format} with pixels of kind {bits or image.mode} is no "
-                        f"{what} map; save grey or palette PNG")
-    raw = pixels(path, image).astype(np.int64) // ID_BITS[bits]
-    return raw[..., :3] if raw.ndim == 3 else raw
+    with opened(path, "image") as (image, kind):
+        if kind in DEEP:
+            deep = read_deep(path).astype(np.float64)
+            low, high = span or (deep.min(), deep.max())
+            rgb = np.round(255 * ((deep - low) / max(high - low, 1e-12)).clip(0, 1))
+        else:
+            if getattr(image, "is_animated", False):
+                notice(f"{path}: several images in one; only the first is used")
+            image = ImageOps.exif_transpose(image)
+            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+                notice("transparency is laid on white, in all photos that have it")
+                clear = image.convert("RGBA")
+                image = Image.new("RGBA", image.size, "white")
+                image.alpha_composite(clear)
+            rgb = np.asarray(image.convert("L" if grey else "RGB"))
+    return torch.from_numpy(rgb.astype(np.uint8).reshape(*rgb.shape[:2], -1)).permute(
+        2, 0, 1).expand(3, -1, -1)
 
 
-def read_label(path: Path, table: ClassTable) -> Tensor:
-    """A label map -> (H, W) int64 ids, each checked against the table on the CPU.
-
-    Palette files give their indices, grey files (up to 16 bit) their values, colour files are
-    matched against the table's palette. Ids never pass through a float or a JPEG.
-    """
-    raw, n = read_ids(path, "label"), len(table.names)
-    if raw.ndim == 3:
-        return torch.from_numpy(match_palette(path, raw, table))
-    unknown = raw == table.unknown
-    ids = np.where(unknown, n, raw - table.first)
-    bad = raw[~unknown & ((ids < 0) | (ids >= n))]
-    if bad.size:
-        hint = "0 and 255 only: a mask; divide it by 255" if set(np.unique(raw)) == {0, 255} else (
-            f"expected {table.first}..{table.first + n - 1}"
-            + (f" or {table.unknown} for unknown" if table.unknown is not None else "")
-            + f"; correct the file or pass --classes {raw.max() + 1}")
-        raise UserError(f"{path}: label id {bad[0]}, {hint}")
-    return torch.from_numpy(ids)
-
-
-def match_palette(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndarray:
-    """(H, W, 3) colours -> (H, W) ids. A colour outside the palette is an error, not a guess."""
-    code, known = (c.astype(np.int64) @ (65536, 256, 1) for c in (colours, table.palette))
-    values, inverse = np.unique(code, return_inverse=True)
-    strange = values[~np.isin(values, known)]
-    if len(strange):
-        first = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in strange[:5])
-        raise UserError(f"{path}: a colour label map, but {len(strange)} of its colours are not in "
-                        f"the dataset's palette: {first}; export class ids as grey or palette PNG")
-    return np.array([np.flatnonzero(known == v)[0] for v in values])[inverse].reshape(code.shape)
+def read_ids(path: Path, role: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a map stores: int64 ids (H, W), or colours (H, W, 3); and its palette (256, 3)."""
+    with opened(path, role) as (image, kind):
+        palette = None
+        if kind == "P":
+            palette = np.full((256, 3), -1)     # which is no colour, for indices beyond it
+            palette.ravel()[:len(image.getpalette())] = image.getpalette()
+        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64), palette
 
 
 def read_instance(path: Path) -> Tensor:
-    """An instance map -> (H, W) int64: grey of up to 32 bit, palette, or R + 256 G + 65536 B."""
-    raw = read_ids(path, "instance")
-    ids = raw @ (1, 256, 65536) if raw.ndim == 3 else raw
-    if ids.min() < 0 or ids.max() >= 2 ** 24:   # beyond, the resizing's float32 would round
-        bad = ids.min() if ids.min() < 0 else ids.max()
-        raise UserError(f"{path}: instance id {bad}, expected 0..16777215; renumber them")
-    return torch.from_numpy(ids)
+    """An instance map -> (H, W) int64: grey, palette index, or R + 256 G + 65536 B."""
+    raw, _ = read_ids(path, "instance")
+    return torch.from_numpy(raw @ (1, 256, 65536) if raw.ndim == 3 else raw)
+
+
+def read_label(path: Path, table: ClassTable) -> Tensor:
+    """A label map -> (H, W) int64 ids, each checked against the table on the CPU."""
+    return torch.from_numpy(to_ids(path, *read_ids(path, "label"), table))
+
+
+def to_ids(path: Path, raw: np.ndarray, palette: np.ndarray | None,
+           table: ClassTable) -> np.ndarray:
+    """Values stored in a label map, or colours (..., 3), as ids of the table.
+
+    Grey files hold the ids themselves. Colours are looked up in the table's palette, also those of
+    a palette file, whose order may be any converter's; if they are others, its indices are the ids.
+    """
+    if raw.ndim == 3:
+        return match_colours(path, raw, table)
+    if palette is not None and table.colours:
+        used = np.unique(raw)
+        same = used < table.channels            # an index that has its own colour keeps it
+        same[same] = (palette[used[same]] == table.palette[used[same]]).all(1)
+        known = same | np.isin(palette[used] @ CODE, table.palette @ CODE)
+        if known.all() or 2 * (known & ~same).sum() > len(used):
+            order = np.where(same, used, match_colours(path, palette[used], table))
+            return order[np.searchsorted(used, raw)]
+    n = len(table.names)
+    # -1 is 255 or 65535 in files; Cityscapes has a class for what is not labelled.
+    nothing = n if table.unknown is not None else 0 if table.names[0] == "unlabeled" else -1
+    unknown = (raw == table.unknown) | (raw == 65535) | (raw == 255) & (n + table.first <= 255)
+    ids = np.where(unknown, nothing, raw - table.first)
+    bad = raw[(ids < 0) | (ids >= n) & ~unknown]
+    if bad.size:
+        raise UserError(f"{path}: label id {bad[0]}, expected {table.first}..{n - 1 + table.first}"
+                        + f" or {table.unknown} for unknown" * (table.unknown is not None)
+                        + f"; correct the file or pass --classes {max(bad.max(), n) + 1}")
+    return ids
+
+
+CODE = np.array((65536, 256, 1))                # a colour as one number
+
+
+def match_colours(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndarray:
+    """(..., 3) colours -> ids. A colour outside the palette is an error, not a guess."""
+    values, inverse = np.unique(colours @ CODE, return_inverse=True)
+    known = (table.palette @ CODE).tolist()
+    strange = [(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist() if v not in known]
+    if strange:
+        raise UserError(f"{path}: {len(strange)} colours are not in the dataset's palette: "
+                        f"{', '.join(map(str, strange[:5]))}; save class ids as 8-bit grey PNG")
+    return np.array([known.index(v) for v in values])[inverse].reshape(colours.shape[:-1])
+
+
+def side_by_side(paths: list[Path]) -> bool:
+    """Do these photos hold two images each, side by side? A seam in the middle says so.
+
+    Of files twice as wide as high only a middle as smooth as all the rest says that they do not; of
+    others the seam must be the sharpest step of each, or nearly so.
+    """
+    twice, smooth, ranks = True, [], []
+    for path in paths:
+        grey = read_image(path).float().mean(0)
+        h, w = grey.shape
+        steps = grey.diff(dim=1).abs().mean(0)                       # (W - 1): between columns
+        seam, far = steps[w // 2 - 1], (grey[:, w // 4:] - grey[:, :w - w // 4]).abs().mean()
+        twice &= w == 2 * h
+        smooth.append(bool(steps.mean() / 4 < seam < 2 * steps.mean() < far))
+        ranks.append(float((steps < seam).float().mean() + 1 / w) * (w % 2 == 0))
+    return np.mean(smooth) < 0.5 if twice else np.mean(ranks) > 0.97
 
 
 # --------------------------------------------------------------------------------- 4 Dataset
@@ -626,51 +681,72 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
         path for path in sorted(root.iterdir())
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not paths:
-        raise UserError(f"--input {source}: a folder without images")
+        raise UserError(f"--input {source}: a folder without images (folders in it are not read)")
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"--input {source}: several files of one name; outputs are named by it")
     if instances is None:
         return [{role: path} for path in paths]
-    if not instances:
+    if not instances or there.is_file() and root.is_dir():
         raise UserError(f"--input {source}: this network needs instance maps, too; name the map, "
-                        "or the folder of maps, with --instances")
-    if there.is_file() and root.is_dir():
-        raise UserError(f"--instances {there}: one map for a folder of label maps; name a folder")
-    maps, files = {path.stem: path for path in there.iterdir()} if there.is_dir() else {}, []
-    for path in paths:
-        same = maps.get(path.stem, maps.get(path.stem.replace("labelIds", "instanceIds")))
-        files.append({role: path, "instance": there if there.is_file() else same})
-        if not files[-1]["instance"]:
-            raise UserError(f"--instances {there}: no map named {path.stem}")
-        if files[-1]["instance"].resolve() == path.resolve():
-            notice(f"{path}: ids of classes serve as ids of objects")
+                        "or for a folder the folder of maps, with --instances")
+    maps = {key_of(path, role): path for path in there.iterdir()} if there.is_dir() else {}
+    files = [{role: path, "instance": maps.get(key_of(path, role), there)} for path in paths]
+    for each in files:
+        if each["instance"].is_dir():
+            raise UserError(f"--instances {there}: no map named {each[role].stem}")
+        if each["instance"].resolve() == each[role].resolve():
+            notice(f"{each[role]}: ids of classes serve as ids of objects")
     return files
+
+
+OURS = "pix2pix, pix2pixHD, CRN, IMLE, Lab2Pix"    # what a picture of ours says in its header
+
+
+def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | None = None) -> Path:
+    """`path` itself, if writing there costs nothing that is not ours; else it is refused.
+
+    No output and no run lies in a folder that is read, or below one, where it would be read as a
+    part of the data (`reads`: such folders, and single files). own: the names of a run's files, of
+    which its folder may hold some already; None: `path` is a picture, and one of ours is replaced.
+    """
+    there = path.resolve()
+    if not reads.isdisjoint({there, *there.parents}):
+        raise UserError(f"{option} {path}: lies in what is read; name another place")
+    strange = [] if own is None else sorted(
+        each.name for each in path.glob("*") if each.name not in own and each.suffix != ".tmp")
+    if strange:
+        raise UserError(f"{option} {path}: holds {', '.join(strange[:4])}; name a new folder")
+    if own is None and path.exists() and not made_here(path):
+        raise UserError(f"{option} {path}: exists, and is no picture of ours; name another place")
+    return path
+
+
+def made_here(path: Path) -> bool:
+    try:
+        with opened(path, "image") as (image, _):
+            return OURS in str(image.info)
+    except UserError:
+        return False
 
 
 def outputs(items: "Dataset", source: str, target: Path,
             samples: int) -> Iterator[tuple[dict, list[Path]]]:
-    """Each item, and where its outputs go: paths that hold nothing of what is read.
+    """Each item, and where its outputs go; all places are looked at before the first is made.
 
-    `target` is a file for one output of one file, a folder else. A data set's own folders are
-    refused, for what lies there is read as a part of it.
+    `target` is a file for one output of one file, a folder else.
     """
     single = bool(source) and Path(source).is_file() and samples == 1 and not target.is_dir()
     if not (single and target.suffix) and target.suffix.lower() in SUFFIXES:
         raise UserError(f"--output {target}: one file for several images; name a folder")
-    paths = [] if items.layout.name == "streets" else [
-        path for files in items.files for path in files.values()]
-    folders = set() if source else {path.parent.resolve() for path in paths}
-    inputs = {(s.st_dev, s.st_ino) for s in map(os.stat, paths)}        # hard links are one file
-
     endings = [f"_{k + 1}.png" for k in range(samples)] if samples > 1 else [".png"]
+    places = [[target] if single and target.suffix else
+              [target / f"{name}{ending}" for ending in endings] for name in items.names]
+    reads = items.reads | ({Path(source).resolve()} if source else set())
+    for path in itertools.chain(*places):
+        writable("--output", path, reads)
+    places[0][0].parent.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(len(items)), unit="image", disable=None):
-        names = [target] if single and target.suffix else [
-            target / f"{items.names[i]}{ending}" for ending in endings]
-        for path in names:
-            there = path.stat() if path.exists() else None
-            if path.parent.resolve() in folders or there and (there.st_dev, there.st_ino) in inputs:
-                raise UserError(f"--output {target}: would overwrite or join what is read, {path}")
-        yield items[i], names
+        yield items[i], places[i]
     print(f"{len(items) * samples} image(s): {target}")
 
 
@@ -683,66 +759,190 @@ class Dataset(torch.utils.data.Dataset):
         size: (H, W) of the items; None keeps each file's own (then only batches of one).
         jitter: enlarge by 286/256 and crop back at random.    mirror: flip, half the time.
         crop: (H, W) of a random window of each item; (0, 0) keeps it whole.
-        classes: a row of TABLES or a number; "" takes the layout's, or counts the ids in the files.
+        classes: a row of TABLES or a number; "" asks the contents of the label maps.
         direction: which half of a pair is the input, "AtoB" or "BtoA".
         photos_only: the task makes its own input, so a folder of photos will do.
         instances: read the instance maps, where there are any.
-        unpaired: trainA and trainB may be two lists without common names, sizes or numbers.
+        only: one role alone, "A", "B", "label" or "image": its partners are neither needed nor
+            opened, so that two lists without common names are two datasets.
         limit: use the first so many examples; 0 is all, of the streets 400 to train on.
+        understood: that of the training's dataset, so that another is read alike.
+
+    A set is understood once, as a whole, when it is opened. `understood` says as what, in plain
+    numbers and words: its folders; file_size, the usual (H, W) of its files; colours, those of
+    palette indices; of input and image whether they are grey, and their range beyond 8 bit.
 
     What is random about item i depends on (seed, epoch, i) alone: not on the number of workers, nor
     on what was drawn before. So a resumed run sees what the uninterrupted one would have seen.
     """
 
     STREETS = {"train": (0, 400), "test": (1_000_000, 50)}       # first index, how many
+    SAMPLE = 100                                                 # label maps whose ids are asked
 
     def __init__(self, data: str = "", split: str = "train", size: tuple[int, int] | None = None,
                  jitter: bool = False, mirror: bool = False, crop: tuple[int, int] = (0, 0),
                  classes: str = "", direction: str = "AtoB", photos_only: bool = False,
-                 instances: bool = True, limit: int = 0, seed: int = 0, unpaired: bool = False,
-                 files: list[dict[str, Path]] | None = None):
+                 instances: bool = True, limit: int = 0, seed: int = 0, only: str = "",
+                 files: list[dict[str, Path]] | None = None, understood: dict | None = None):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
-        self.direction, self.cache, self.unpaired = direction, {}, False
+        self.direction, self.cache, self.only, self.classes = direction, {}, only, classes
+        self.understood, self.found, self.pixels_of = dict(understood or {}), "", Counter()
         if files is not None:
             self.layout, self.files = FolderLayout("files", dict.fromkeys(files[0], "")), files
-            self.names, self.classes = [next(iter(f.values())).stem for f in files], classes
+            self.names = [next(iter(f.values())).stem for f in files]
         elif data:
             root = Path(data)
             self.layout = detect(root, photos_only)
-            pairs = pair_up(root, self.layout, split, unpaired)
+            self.understood["folders"] = sorted({*self.understood.get("folders", ())} | {
+                str(root / glob.replace("{}", name).partition("*")[0]) for name in (
+                    *self.layout.train, *self.layout.test) for glob in self.layout.roles.values()})
+            pairs = pair_up(root, self.layout, split, only)
             if split == "test" and not pairs:
                 notice("no test split: training examples stand in; scores say nothing of new data")
-                pairs = pair_up(root, self.layout, "train", unpaired)
-            self.names = list(pairs)[:limit or None]
-            self.unpaired = unpaired and any(    # two lists: what stands side by side is no pair
-                len({re.sub("_[AB]$", "", path.stem) for path in files.values()}) > 1
-                for files in pairs.values() if "A" in files)
+                pairs = pair_up(root, self.layout, "train", only)
             if not pairs:
                 raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
                                 f"its {split} split")
+            self.names = list(pairs)[:limit or None]
             self.files = [{role: path for role, path in pairs[name].items()
                            if role != "instance" or instances} for name in self.names]
-            self.classes = classes or self.layout.classes or self.count_classes()
         else:
-            if size is not None and min(size) < 32:
-                raise UserError(f"--size {size[0]} {size[1]}: the streets need at least 32 x 32")
-            if class_table(classes or "streets") is not TABLES["streets"]:
-                raise UserError(f"--classes {classes}: the streets have classes of their own")
-            first, n = self.STREETS[split]
-            self.layout = FolderLayout("streets", dict.fromkeys(("label", "instance", "image"), ""))
-            if limit:                           # of training streets there is no end
-                n = limit if split == "train" else min(limit, n)
-            self.files, self.classes = list(range(first, first + n)), "streets"
-            self.names = [f"street_{index:07d}" for index in self.files]
-        self.table = class_table(self.classes) if self.classes else None
+            self.open_streets(limit)
         self.roles = set(self.files[0] if data or files else self.layout.roles)
-        if self.direction == "BtoA" and "A" in self.roles and "B" not in self.roles:
+        if direction == "BtoA" and self.roles == {"A"} and not only:
             raise UserError(f"--direction BtoA: {data} has no B in its {split} split")
+        if data or files:
+            self.read_headers()
+        self.table = class_table(self.classes) if self.classes else None
         self.load_size = size and tuple(round(s * 286 / 256) if jitter else s for s in size)
         flip = [v2.RandomHorizontalFlip(0.5)] if mirror else []
         window = crop if all(crop) else size if jitter else None
         crop = [v2.RandomCrop(window)] if window else []
         self.transform = v2.Compose(crop + flip + [v2.ToPureTensor()])
+
+    def open_streets(self, limit: int) -> None:
+        if self.size is not None and min(self.size) < 32:
+            raise UserError("--size {} {}: the streets need at least 32 x 32".format(*self.size))
+        if class_table(self.classes or "streets") is not TABLES["streets"]:
+            raise UserError(f"--classes {self.classes}: the streets have classes of their own")
+        first, n = self.STREETS[self.split]
+        roles = (self.only,) if self.only else ("label", "instance", "image")
+        self.layout = FolderLayout("streets", dict.fromkeys(roles, ""))
+        if limit:                               # of training streets there are a million
+            n = min(limit, 10 ** 6 if self.split == "train" else n)
+        self.files, self.classes = list(range(first, first + n)), "streets"
+        self.names = [f"street_{index:07d}" for index in self.files]
+        self.understood["file_size"] = list(self.size or (256, 512))
+
+    # What the set as a whole says.
+
+    def read_headers(self) -> None:
+        """What all files say before their pixels: sizes, kinds, palettes. Then what a sample holds.
+        """
+        heads, faults = {role: {} for role in self.roles}, []
+        for i, files in enumerate(tqdm(self.files, "headers", disable=None, delay=2)):
+            try:
+                here = {role: read_header(path, role) for role, path in files.items()}
+                self.compare_sizes(i, {role: size for role, (size, *_) in here.items()})
+                for role, head in here.items():
+                    heads[role][files[role]] = head
+            except UserError as error:
+                faults.append(error)
+        refuse_all(faults)
+        sizes = [size for size, *_ in next(iter(heads.values())).values()]
+        self.sizes = Counter(sizes)
+        self.understood.setdefault("file_size", [sorted(s)[len(s) // 2] for s in zip(*sizes)])
+        for role in sorted(self.roles & {"A", "B", "image", "pair"}):
+            self.understand_photos(role, {path: kind for path, (_, kind, _) in heads[role].items()})
+        if "label" in self.roles:
+            self.understand_labels({stored: path for path, (*_, stored) in heads["label"].items()})
+
+    def compare_sizes(self, i: int, sizes: dict[str, tuple[int, int]]) -> None:
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"{next(iter(self.files[i].values()))}: sizes differ (height, width): "
+                            + ", ".join(f"{key} {size}" for key, size in sizes.items()))
+
+    def understand_photos(self, role: str, kinds: dict[Path, str]) -> None:
+        """Two halves or one photo, grey or not, and the range of values of more than 8 bit."""
+        some, deep = spread(list(kinds), 12), [path for path in kinds if kinds[path] in DEEP]
+        if role == "pair" and not side_by_side(some):
+            raise UserError(f"{some[0]}: not two images side by side, by its look; if it is, put "
+                            "the halves into trainA/ and trainB/. Photos alone are for pix2pix.py "
+                            "--task colorization or inpainting")
+        if 0 < len(deep) < len(kinds):
+            raise UserError(f"{deep[0]}: more than 8 bit per pixel; {(kinds.keys() - deep).pop()} "
+                            "has 8; save all alike")
+        if any(key in self.understood for key in self.keys_of(role)):
+            return
+        ends = [float(end) for v in map(read_deep, deep) for end in (v.min(), v.max())]
+        span = [min(ends), max(ends)] if ends else None
+        grey = set(kinds.values()) <= {*GREY} or role != "pair" and not deep and all(
+            (photo == photo[:1]).all() for photo in map(read_image, some))
+        for key in self.keys_of(role):
+            self.understood[key] = {"grey": grey, "span": span}
+
+    def keys_of(self, role: str) -> list[str]:
+        """What files of a role become in an item."""
+        if role == "pair" and not self.only:
+            return ["input", "image"]
+        return ["input" if (self.only or role) == self.direction[0] else "image"]
+
+    def understand_labels(self, palettes: dict[bytes, Path]) -> None:
+        """Classes by what label maps hold, unless told; one colour for each palette index."""
+        paths, faults = [files["label"] for files in self.files], []
+        contents = [LabelContent(path) for path in spread(paths, self.SAMPLE)]
+        self.found = decide_classes(self.layout.classes, contents)
+        if not self.classes and not self.found:     # counting asks more: a class may be rare
+            contents = [LabelContent(path) for path in tqdm(
+                spread(paths, 10 * self.SAMPLE), "classes", disable=None, delay=2)]
+            self.classes = count_classes(contents)
+        self.classes = self.classes or self.found
+        table, colours = class_table(self.classes), dict(self.understood.get("colours", ()))
+        for content in contents:
+            try:
+                self.pixels_of += content.count(table)
+            except UserError as error:
+                faults.append(error)
+            if content.palette is not None and not table.colours:
+                colours = dict(zip(content.values.tolist(), content.colours.tolist())) | colours
+        refuse_all(faults)
+        n = len(table.names)
+        if self.data and min(self.pixels_of) >= n:
+            raise UserError(f"--data {self.data}: all pixels of {len(contents)} label maps are "
+                            f"unknown (id {table.unknown}); there is nothing to learn")
+        if self.pixels_of.keys() == {0, n} and n > 1:
+            notice("only class 0 and unknown in the label maps: if these are masks of 0 and 255, "
+                   "divide by 255")
+        for stored, path in palettes.items():
+            palette = (np.frombuffer(stored, np.uint8).reshape(-1, 3) @ CODE).tolist()
+            if any(palette[i] != colour for i, colour in colours.items() if i < len(palette)):
+                raise UserError(f"{path}: an index of its palette has another colour than in other "
+                                "files, so it means another class; save class ids as 8-bit grey "
+                                "PNG")
+        self.understood["colours"] = list(map(list, colours.items()))
+
+    @property
+    def grey_image(self) -> bool:
+        """Are the photos to be made grey? Then outputs should be, too."""
+        return self.understood.get("image", {}).get("grey", False)
+
+    @property
+    def reads(self) -> set[Path]:
+        """Folders of data, also of those that were trained on, and files that are read alone."""
+        alone = [] if self.data else [path for files in self.files if isinstance(files, dict)
+                                      for path in files.values()]
+        return {Path(path).resolve() for path in (*alone, *self.understood.get("folders", ()))}
+
+    def require_scored(self) -> "Dataset":
+        """Itself, if a class that counts occurs in its label maps: a score of none is no number."""
+        scored = self.table.scored or range(len(self.table.names))
+        if self.pixels_of and not self.pixels_of.keys() & set(scored):
+            raise UserError(f"--data {self.data}: no class that is scored occurs in its "
+                            f"{self.split} split; ids were read as those of --classes "
+                            f"{self.classes}")
+        return self
+
+    # What it gives.
 
     def __len__(self) -> int:
         return len(self.files)
@@ -751,48 +951,20 @@ class Dataset(torch.utils.data.Dataset):
         """How many examples, and a checksum of their names: has the data set changed?"""
         return [len(self), zlib.crc32("\n".join(self.names).encode("utf-8", "surrogateescape"))]
 
-    def has(self, role: str | None) -> "Dataset":
+    def require(self, role: str | None, cure: str = "") -> "Dataset":
         """Itself, where it has files of this kind ("image" may be B, and both halves of a pair)."""
         kinds = {"A": {"A", "pair"}, "image": {"image", "B", "pair"}}.get(role, {role, None})
         if role and not kinds & self.roles:
             raise UserError(f"--data {self.data}: layout {self.layout.name} has only "
                             f"{', '.join(sorted(self.roles))} files in its {self.split} split, and "
-                            f"here {role} files are needed; "
-                            + ("--no-edges" if role == "instance" else "another --task")
-                            + " may do without")
+                            f"here {role} files are needed{cure and '; ' + cure}")
         return self
 
-    def named(self, name: str) -> dict[str, Tensor | str]:
+    def find_example(self, name: str) -> dict[str, Tensor | str]:
         """The example of this name; without a name the first."""
         if name and name not in self.names:
             raise UserError(f"--item {name}: not there; there are {', '.join(self.names[:5])}, ...")
         return self[self.names.index(name) if name else 0]
-
-    def count_classes(self) -> str:
-        """Where the layout does not say: one more than the highest id in the first 200 files."""
-        if "label" not in self.layout.roles:
-            return ""
-        ids = set()
-        for files in self.files[:200]:
-            raw = read_ids(files["label"], "label")
-            ids |= set(np.unique(raw).tolist()) if raw.ndim == 2 else {0}    # read refuses colours
-        if ids == {0, 255}:
-            raise UserError(f"{self.files[0]['label']}: 0 and 255 only: a mask; divide it by 255")
-        unknown = 255 if max(ids) < 256 else 65535
-        n = max(ids - {unknown}, default=0) + 1
-        notice(f"{n} classes by the ids in {len(self.files[:200])} files ({unknown} is unknown); "
-               "--classes N says otherwise")
-        return str(n)
-
-    def check_sizes(self) -> None:
-        """Partners must agree in size: the first thousand by their headers, all at first touch."""
-        for i, files in enumerate(self.files[:1000] if self.data and not self.unpaired else ()):
-            sizes = set()
-            for path in files.values():
-                with open_image(path) as image:
-                    sizes.add(image.size)
-            if len(sizes) > 1:
-                self.read(i)                     # raises, unless EXIF turns the photo upright
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor | str]:
         """Example i, augmented as in self.epoch; or (epoch, i), which needs no other state."""
@@ -817,73 +989,152 @@ class Dataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> dict[str, Tensor | str]:
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
+        item = {}
         if self.layout.name == "streets":
+            if len(self.cache) == 1000:
+                self.cache.clear()
             if i not in self.cache:              # drawn once, at the size needed, and kept small
                 drawn = street(0, self.files[i], self.load_size or (256, 512))
                 self.cache[i] = (drawn["label"].astype(np.uint8),
                                  drawn["instance"].astype(np.int32), drawn["image"])
             label, instance, image = map(torch.from_numpy, self.cache[i])
-            return {"label": label.long(), "instance": instance.long(), "name": self.names[i],
-                    "image": image.permute(2, 0, 1).clone()}
-        files = self.files[i]
-        item = {"name": self.names[i]}
-        if "pair" in files:                      # one file, two halves
-            both = read_image(files["pair"])
-            if both.shape[2] % 2:
-                raise UserError(f"{files['pair']}: {both.shape[2]} pixels wide: not two images "
-                                "side by side; photos alone need --task colorization or inpainting")
-            item["A"], item["B"] = both.chunk(2, 2)
-        for role in {"A", "B", "image"} & set(files):
-            item[role] = read_image(files[role])
-        if "label" in files:
-            item["label"] = read_label(files["label"], self.table)
-        if "instance" in files:
-            item["instance"] = read_instance(files["instance"])
-        if "A" in item or "B" in item:
-            first, second = ("A", "B") if self.direction == "AtoB" else ("B", "A")
-            item |= {"input": item[first]} | ({"image": item[second]} if second in item else {})
-        sizes = {key: tuple(item[key].shape[-2:]) for key in ITEM_KEYS if key in item}
-        if len(set(sizes.values())) > 1 and not self.unpaired:
-            raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
-                            + ", ".join(f"{key} {size}" for key, size in sizes.items()))
-        return item
+            parts = {"label": label.long(), "instance": instance.long(),
+                     "image": image.permute(2, 0, 1).clone()}
+            return {"name": self.names[i]} | {role: parts[role] for role in self.layout.roles}
+        for role, path in self.files[i].items():
+            if role == "label":
+                item[role] = read_label(path, self.table)
+            elif role == "instance":
+                item[role] = read_instance(path)
+            else:
+                keys = self.keys_of(role)
+                photo = read_image(path, **self.understood[keys[0]])
+                halves = photo.chunk(2, 2) if role == "pair" else (photo, photo)
+                for key in keys:                 # AtoB: the left one is the input
+                    item[key] = halves[(key == "image") == (self.direction == "AtoB")]
+        self.compare_sizes(i, {key: tuple(part.shape[-2:]) for key, part in item.items()})
+        return {"name": self.names[i]} | item
 
 
-# What asks a program to end; SIGHUP is a terminal that was closed, and unknown to Windows.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if hasattr(signal, name)]
+def spread(paths: list[Path], n: int) -> list[Path]:
+    """n of them, from the first to the last."""
+    return [paths[i * len(paths) // n] for i in range(n)] if len(paths) > n else paths
 
 
-def ignore_signals(ended: "multiprocessing.synchronize.Event", worker: int) -> None:
-    """For a data process: Ctrl-C reaches every process of the terminal, SIGTERM every one of a job,
-    but when to stop is for the training one to say. At its own end, it does so by SIGTERM, too:
-    then they leave, without an exit code that would look like a failure."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ended.is_set() else None)
+def refuse_all(faults: list[UserError]) -> None:
+    """The first of them ends the program; the others are said before, so that all can be mended."""
+    for fault in faults[1:20]:
+        notice(str(fault))
+    if faults:
+        raise UserError(f"{faults[0]}" + f" (one of {len(faults)} bad files)" * (len(faults) > 1))
 
 
-def idle_seconds() -> float:
-    """How long the machine's cores have been idle since it started, all together (Linux)."""
-    return int(Path("/proc/stat").read_text().split()[4]) / os.sysconf("SC_CLK_TCK")
+class LabelContent:
+    """What a label map holds: how many pixels have each value; a colour is r, g, b as one number.
+    """
+
+    def __init__(self, path: Path):
+        raw, self.palette = read_ids(path, "label")
+        self.path, self.coloured = path, raw.ndim == 3
+        counts = np.bincount((raw @ CODE if self.coloured else raw).ravel())
+        self.values = np.flatnonzero(counts)
+        self.pixels_of = Counter(dict(zip(self.values.tolist(), counts[self.values].tolist())))
+        # The colours that occur, of colour and palette files.
+        self.colours = () if self.palette is None else self.palette[self.values] @ CODE
+        self.colours = self.values if self.coloured else self.colours
+
+    def count(self, table: ClassTable) -> Counter:
+        """How many pixels have each id, as the table reads them."""
+        stored = self.values[:, None] >> (16, 8, 0) & 255 if self.coloured else self.values
+        ids, pixels_of = to_ids(self.path, stored[None], self.palette, table)[0], Counter()
+        for k, n in zip(ids.tolist(), self.pixels_of.values()):
+            pixels_of[k] += n
+        return pixels_of
+
+
+def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
+    """The row of TABLES that label maps fit by what they hold; "" if there is none.
+
+    A layout suggests a row, and names of files may; but a set of one's own lies in the same
+    folders. What decides are colours, if all are in a row's palette, or else ids: nine of ten files
+    have no others, and they are not simply 0, 1, 2, ... up to less than all.
+    """
+    names = [content.path.stem for content in contents]
+    cityscapes = all("_gtFine_label" in name for name in names)
+    if cityscapes or all(re.fullmatch(r"\d{12}", name) for name in names):
+        suggested = "cityscapes" if cityscapes else suggested or "coco_stuff"
+    if all(len(content.colours) for content in contents):
+        seen = set(np.concatenate([content.colours for content in contents]).tolist())
+        for name, table in TABLES.items():
+            if table.colours and seen <= {*(table.palette @ CODE).tolist()} and (
+                    name == suggested or len(seen - {0}) > 2):
+                return name
+    if not suggested:
+        return ""
+    n, pixels_of, strange = len(TABLES[suggested].names), Counter(), 0
+    for content in contents:
+        try:
+            pixels_of += content.count(TABLES[suggested])
+        except UserError:
+            strange += 1
+    ids = sorted(pixels_of.keys() - {n})
+    if cityscapes and ids and ids[-1] < 19:     # no vegetation, sky or car in any of them
+        return "cityscapes_train"
+    if not ids or 10 * strange > len(contents) or ids[-1] - ids[0] + 1 == len(ids) < n:
+        return ""
+    # Names of folders are weak evidence: as many ids as real files have, and as high; of streets,
+    # some street.
+    enough = len(ids) >= min(n / 2, 4 + 2 * len(contents)) and ids[-1] >= n // 3
+    if suggested == "cityscapes":
+        enough = cityscapes or 4 * sum(pixels_of[k] for k in (7, 11, 21, 23)) > pixels_of.total()
+    return suggested if enough else ""
+
+
+def count_classes(contents: list[LabelContent]) -> str:
+    """Where nothing says it: one more than the highest id, if the ids can be meant as classes."""
+    path, pixels_of = contents[0].path, Counter()
+    for content in contents:
+        if content.coloured:
+            raise UserError(f"{content.path}: a colour label map, in the palette of no known data "
+                            "set; save class ids as 8-bit grey PNG")
+        pixels_of += content.pixels_of
+    most = max(pixels_of)
+    if pixels_of.keys() == {0, most} and most in (255, 65535):
+        raise UserError(f"{path}: 0 and {most} only: a mask; divide it by {most}")
+    ids = pixels_of.keys() - {65535}
+    ids -= {255} if max(ids, default=0) == 255 else set()     # unknown, in files of 8 bit
+    n = max(ids, default=0) + 1
+    soft = n > 100 and 2 * (pixels_of[0] + pixels_of[255]) > pixels_of.total()     # a soft mask
+    if n > 10 and 2 * len(ids) < n or soft:
+        raise UserError(f"{path}: {len(ids)} of the ids 0..{n - 1} occur, hardly ids of classes: "
+                        "renumber them from 0 (a mask: 0 and 1), or, if they are, say --classes "
+                        f"{n}")
+    return str(n)
+
+
+def ignore_signals(worker: int) -> None:
+    """For a data process: Ctrl-C and a closed terminal reach every process, but when to stop is for
+    the training one to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):               # unknown to Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @functools.cache
-def choose_threads(span: float = 0.25) -> None:
-    """As many threads as cores are idle: all, unless other work keeps some of them busy.
+def choose_threads() -> None:
+    """As many threads as cores are idle, by the load of the last minute, at least one.
 
     An operation in several threads ends with its last one; where each waits for a core in turn, all
     wait most of the time. OMP_NUM_THREADS, if set, decides instead.
     """
     cores = torch.get_num_threads()
-    if cores == 1 or "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists():
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):
         return
-    before = idle_seconds()
-    time.sleep(span)
-    threads = max(1, min(cores, round((idle_seconds() - before) / span)))
+    threads = max(1, cores - round(os.getloadavg()[0]))
     torch.set_num_threads(threads)
     if threads < cores:
-        notice(f"this machine is busy: {threads} thread(s) instead of {cores}")
+        notice(f"this machine is busy: {threads} thread(s) instead of {cores}; "
+               f"OMP_NUM_THREADS={cores} before the command takes all")
 
 
 class Loader:
@@ -913,7 +1164,7 @@ class Loader:
                  device: torch.device, seed: int = 0, epochs: int = 1, steps: int = 0,
                  per_epoch: int = 0):
         self.examples, self.device, self.seed = examples, device, seed
-        self.rank, self.world = place()
+        self.rank, self.world = rank_and_world()
         if device.type == "cpu":
             choose_threads()
         self.per_step = batch_size * self.world
@@ -924,16 +1175,12 @@ class Loader:
         self.total = min(steps or math.inf, epochs * self.per_epoch)
         self.step = self.epoch = self.seen = 0  # updates; epochs; images of this epoch
         self.over, self.indices = False, []
-        self.begun, self.counted, self.waited = time.time(), 0, 0.0
+        self.begun, self.counted, self.waited = time.perf_counter(), 0, 0.0
         cuda = device.type == "cuda"
         workers = (4 if cuda and examples.data else 0) if workers is None else workers
         self.batches = torch.utils.data.DataLoader(
             examples, batch_size, sampler=self.indices, num_workers=workers, pin_memory=cuda,
-            drop_last=True, persistent_workers=workers > 0)
-        if workers:
-            ended = multiprocessing.Event()
-            multiprocessing.util.Finalize(None, ended.set, exitpriority=0)  # before it ends any
-            self.batches.worker_init_fn = functools.partial(ignore_signals, ended)
+            drop_last=True, persistent_workers=workers > 0, worker_init_fn=ignore_signals)
 
     def order(self) -> list:
         """What all processes train on in this epoch: every example once, in random order, but for a
@@ -945,15 +1192,15 @@ class Loader:
     def __iter__(self) -> Iterator[dict]:
         mine = self.order()[self.seen + self.rank::self.world]
         self.indices[:] = [(self.epoch, i) for i in mine]
-        batches, clock = self.read(), time.time()
+        batches, clock = self.read(), time.perf_counter()
         while not self.over and (batch := next(batches, None)) is not None:
-            self.waited += time.time() - clock
+            self.waited += time.perf_counter() - clock
             noise = (self.seed * 10 ** 9 + self.step) * self.world + self.rank
             torch.manual_seed(noise % 2 ** 63)
             self.step, self.seen = self.step + 1, self.seen + self.per_step
             self.over = self.step >= self.total
             yield to_device(batch, self.device)
-            clock = time.time()
+            clock = time.perf_counter()
         if not self.over:
             self.epoch, self.seen = self.epoch + 1, 0
 
@@ -964,16 +1211,18 @@ class Loader:
         except UserError as error:              # a data process wraps it in its own traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
                 raise
             raise UserError(f"--workers {self.batches.num_workers}: a data process was ended from "
-                            "outside, by a lack of memory perhaps; fewer need less")
+                            "outside, by a lack of memory or of /dev/shm perhaps; --workers 0 "
+                            "needs none")
 
     def speed(self) -> dict[str, str]:
         """Images per second, and the share of time spent waiting for them, since the last call."""
-        span, images = time.time() - self.begun, (self.step - self.counted) * self.per_step
+        span = max(time.perf_counter() - self.begun, 1e-9)       # some clocks stand still
+        images = (self.step - self.counted) * self.per_step
         shown = {"images/s": f"{images / span:.3g}", "wait": f"{self.waited / span:.2f}"}
-        self.begun, self.counted, self.waited = time.time(), self.step, 0.0
+        self.begun, self.counted, self.waited = time.perf_counter(), self.step, 0.0
         return shown
 
     def state_dict(self) -> dict:
@@ -981,32 +1230,36 @@ class Loader:
                 "threads": torch.get_num_threads(), "examples": self.examples.fingerprint()}
 
     def load_state_dict(self, stored: dict) -> None:
-        numbers = [stored[k] for k in ("step", "epoch", "seen", "threads")]
-        if not all(isinstance(n, int) and 0 <= n < 2 ** 53 for n in numbers):
-            raise ValueError(f"step, epoch, seen, threads: {numbers}")
-        self.step, self.epoch, self.seen, threads = numbers
-        if "OMP_NUM_THREADS" not in os.environ:  # with other threads, sums round differently
-            torch.set_num_threads(max(1, min(threads, os.cpu_count())))
+        self.step, self.epoch, self.seen = stored["step"], stored["epoch"], stored["seen"]
         self.counted = self.step
+        if "OMP_NUM_THREADS" not in os.environ:  # with other threads, sums round differently
+            torch.set_num_threads(max(1, min(stored["threads"], os.cpu_count())))
         if stored["examples"] != self.examples.fingerprint():
             notice("the data set is not the one that this run began with: what follows differs "
                    "from what an uninterrupted run would have given")
 
 
 def same_classes(dataset: Dataset, trained: str) -> None:
-    """Refuses data whose layout says other classes than the checkpoint's: an id means another."""
-    own = dataset.layout.classes
-    if own not in ("", trained):
-        raise UserError(f"--data {dataset.data}: layout {dataset.layout.name} has the classes of "
-                        f"{own}, the checkpoint those of {trained or 'none'}; if the ids mean the "
-                        f"same, say --classes {trained}")
+    """Refuses data whose contents are other classes than the checkpoint's: an id means another."""
+    if dataset.found not in ("", trained):
+        raise UserError(f"--data {dataset.data}: its labels are those of {dataset.found}, the "
+                        f"checkpoint's of {trained or 'none'}; if the ids mean the same, say "
+                        f"--classes {trained}")
 
 
-def to_float(output):
-    """float32 of a tensor, or of every tensor in a list or a dict: what autocast has left."""
-    if isinstance(output, dict):
-        return {name: each.float() for name, each in output.items()}
-    return output.float() if torch.is_tensor(output) else [to_float(each) for each in output]
+def notice_scale(items: Dataset, trained: dict, size: tuple[int, int]) -> None:
+    """Says so where --input shows things larger or smaller than the training's items did.
+
+    trained: `understood` of the training set.    size: that to which its files were resized.
+    """
+    ((h, w), _), *_ = items.sizes.most_common()
+    scale = math.sqrt(h * w / math.prod(size))
+    if items.size is None and not 0.9 < scale < 1.1:
+        unit = math.gcd(*size) & -math.gcd(*size)            # a power of two that G surely takes
+        near = [max(unit, round(side / scale / unit) * unit) for side in (h, w)]
+        notice("the input is {} x {}; training saw files of {} x {} at {} x {}, so things look "
+               "{:.2g} times as large here; --size {} {} makes them alike".format(
+                   h, w, *trained.get("file_size", size), *size, scale, *near))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -1030,63 +1283,26 @@ def mirror_pad(x: Tensor, multiple: int, least: int = 0) -> Tensor:
     return x
 
 
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's GroupNorm, (B, C, H, W) to the same shape, by faster kernels where a GPU has them.
-
-    With a channel per group (instance norm) it copies maps into another memory order; batch norm
-    does not, and of a single image it is the same function: 64 x 512 x 1024 in a sixth of the time.
-    With one group (layer norm) it leaves an image to one of the GPU's many processors: 27 ms where
-    the formula needs 2 (H200, forward and backward).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and len(x) == 1 and self.num_groups == self.num_channels:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
-        if x.is_cuda and self.num_groups == 1 and self.affine:
-            x = x.float()                       # bf16 would round the mean
-            var, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
-            gain = self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt()
-            return torch.addcmul(self.bias.view(-1, 1, 1) - mean * gain, x, gain)
-        return super().forward(x)
-
-
-def smooth_grid(x: Tensor) -> Tensor:
-    """Each pixel (..., H, W) becomes the mean of itself, its right, its lower and its lower right
-    neighbour; a border repeats itself.
-
-    The kernels of a transposed convolution of stride 2 overlap in a pattern that repeats every two
-    pixels. Of two neighbours one is always an overlap, so the mean removes the pattern.
-    """
-    if torch.compiler.is_compiling():           # it cannot take the gradient of the padding below
-        x = torch.cat([x, x[..., -1:]], -1)
-        return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], -2), 2, 1)
-    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
-
-
-def boundary_map(instance: Tensor) -> Tensor:
-    """1 where the object differs from any of the four neighbours (pix2pixHD, Sec. 3.3, Fig. 4).
-
-    instance (B, H, W) int64  ->  (B, 1, H, W) float. Both sides of a border are marked; the
-    image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
-    their values mean nothing. What tells touching cars apart is where one ends.
-    """
-    # Of each pair of neighbours that differ, both pixels are marked.
-    across, down = instance.diff(dim=2) != 0, instance.diff(dim=1) != 0
-    edge = (F.pad(across, (1, 0)) | F.pad(across, (0, 1))
-            | F.pad(down, (0, 0, 1, 0)) | F.pad(down, (0, 0, 0, 1)))
-    return edge[:, None].float()
-
-
-# ----------------------------------------------------------------------------- 5 Data doctor
+# ------------------------------------------------------------------ 5 Data doctor and trace
 
 def save_images(images: Tensor, path: Path, nrow: int = 1) -> None:
     """(B, 3, H, W) in [-1, 1] to a file; several as a grid."""
+    grid = torchvision.utils.make_grid(images, nrow, pad_value=1, normalize=True,
+                                       value_range=(-1, 1))
+    grid = grid.mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0)
+    save_picture(grid.to("cpu", torch.uint8).numpy(), path)
+
+
+def save_picture(array: np.ndarray, path: Path) -> None:
+    """(H, W, 3), or grey (H, W), uint8, to a file that says that it is ours: see `writable`."""
+    about = PngInfo()
+    about.add_text("Software", OURS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.utils.save_image(images, path, nrow=nrow, pad_value=1, normalize=True,
-                                     value_range=(-1, 1))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); pictures end in .png or .jpg")
+        Image.fromarray(array).save(path, pnginfo=about, comment=OURS)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "pictures end in .png or .jpg"
+        raise UserError(f"{path}: cannot be written ({why})")
 
 
 def colour_label(label: Tensor, table: ClassTable) -> Tensor:
@@ -1095,67 +1311,63 @@ def colour_label(label: Tensor, table: ClassTable) -> Tensor:
     return palette[label].movedim(-1, -3).contiguous()
 
 
-def title(dataset: Dataset) -> str:
-    """A split in one line: its layout, and what its examples hold."""
-    kinds = ", ".join(sorted(dataset.roles))
-    way = "" if dataset.roles & {"label", "image"} else f" ({dataset.direction})"
-    return (f"{dataset.split}: layout {dataset.layout.name}, {len(dataset)} examples with "
-            f"{kinds}{way}")
-
-
 def describe(*datasets: Dataset) -> None:
-    """The first lines that a run prints: layout, pairs, sizes, classes seen."""
-    for dataset in datasets:
-        dataset.check_sizes()
-        h, w = next(v.shape[-2:] for v in dataset.read(0).values() if torch.is_tensor(v))
-        print(f"{title(dataset)}; the first is {h}x{w}, used at "
-              + ("{}x{}".format(*dataset.size) if dataset.size else "its own size"))
-        if "label" not in dataset.roles:
+    """The first lines that a run prints of each split: layout, sizes, and what it was taken for."""
+    for items in datasets:
+        way = "" if items.roles & {"label", "image"} else f" ({items.direction})"
+        used = "{}x{}".format(*items.size) if items.size else "their own size"
+        print(f"{items.split}: layout {items.layout.name}, {len(items)} examples with "
+              f"{', '.join(sorted(items.roles))}{way}, used at {used}")
+        if not items.data:
             continue
-        n, names = min(len(dataset), 20), dataset.table.names
-        seen = sorted({int(k) for i in range(n) for k in dataset.read(i)["label"].unique()})
-        known = [k for k in seen if k < len(names)]
-        if not known:
-            raise UserError(f"--data {dataset.data}: all pixels of the first {n} label maps are "
-                            f"unknown (id {dataset.table.unknown}); there is nothing to learn")
-        if known == [0] and len(seen) > 1:
-            print("       only class 0 and unknown: if these are masks of 0 and 255, divide by 255")
-        print(f"       {len(known)} of {len(names)} classes in the first {n}: "
-              + ", ".join([*names, "unknown"][k] for k in seen[:12]) + ", ..." * (len(seen) > 12))
+        sizes = items.sizes.most_common(6)
+        lines = ["height x width " + ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes)]
+        if items.size and math.prod(items.size) > 2 * math.prod(sizes[0][0]):
+            lines += ["enlarged to --size: what the files do not show cannot be learned"]
+        for key in [key for key in ("input", "image") if key in items.understood]:
+            grey, span = items.understood[key]["grey"], items.understood[key]["span"]
+            lines += [f"{key}: {'grey' if grey else 'colour'}, " + (
+                "{:g}..{:g} scaled to 0..255".format(*span) if span else "8 bit")]
+        if "label" in items.roles:
+            names, known = items.table.names, sorted(items.pixels_of)
+            known = [names[k] for k in known if k < len(names)]
+            lines += [f"taken as {items.classes}: {len(names)} classes; --classes says otherwise",
+                      f"{len(known)} of them in a sample: " + ", ".join(known[:12])]
+        print("\n".join(f"       {line}" for line in lines))
 
 
 def thumbnails(item: dict, table: ClassTable | None) -> list[Tensor]:
-    """What an item is made from and its photo, (3, 128, ...) in [-1, 1], for the contact sheet."""
+    """What an item is made from and its photo, (3, 128, 256) in [-1, 1], for the contact sheet."""
     parts = [item[key] / 127.5 - 1 for key in ("input", "image") if key in item]
     if "label" in item:
         parts.insert(0, colour_label(item["label"], table))
-    return [F.interpolate(t[None], (128, max(1, 128 * t.shape[-1] // t.shape[-2])))[0]
+    return [F.interpolate(t[None], (128, 128 * t.shape[-1] // t.shape[-2] or 1))[0]
             for t in (parts * 2)[:2]]            # a photo alone stands there twice
 
 
 def check_data(datasets: list[Dataset], out: Path) -> None:
     """The `check` mode: reads every example as stored; a report per split and a contact sheet."""
-    out.mkdir(parents=True, exist_ok=True)
     total = 0
     for dataset in datasets:
-        table, sizes, bad, tiles = dataset.table, {}, [], []
+        describe(dataset)
+        table, bad, tiles, colours = dataset.table, [], [], []
         pixels_of, images_with = np.zeros((2, table.channels if table else 1), np.int64)
-        for i in range(len(dataset)):
+        for i in tqdm(range(len(dataset)), dataset.split, unit="example", disable=None):
             try:
                 item = dataset.read(i)
             except UserError as error:
                 bad.append(error)
                 continue
-            size = next(tuple(v.shape[-2:]) for v in item.values() if torch.is_tensor(v))
-            sizes[size] = sizes.get(size, 0) + 1
             if "label" in item:
                 count = np.bincount(item["label"].flatten(), minlength=len(pixels_of))
                 pixels_of, images_with = pixels_of + count, images_with + (count > 0)
+            if "image" in item:
+                colours.append(item["image"].float().mean((1, 2)))
             if len(tiles) < 16:
                 tiles += thumbnails(item, table)
-        print(title(dataset))
-        print("    sizes (height x width): " + ", ".join(
-            f"{h}x{w} ({n})" for (h, w), n in sorted(sizes.items(), key=lambda s: -s[1])[:6]))
+        if colours:
+            mean = torch.stack(colours).mean(0).tolist()
+            print("    average colour of the photos " + " ".join(f"{v:.0f}" for v in mean))
         for k in np.flatnonzero(pixels_of):
             print(f"    {k:4} {[*table.names, 'unknown'][k][:22]:22} in {images_with[k]} images, "
                   f"{100 * pixels_of[k] / pixels_of.sum():.2f}% of all pixels")
@@ -1172,6 +1384,28 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             print(f"    contact sheet: {path}")
     if total:
         raise UserError(f"--data {datasets[0].data}: {total} bad file(s), listed above")
+
+
+def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
+    """The architecture figure as text: one training step's layers with parameters, the shape of
+    what they last gave, FLOPs, time, memory and losses."""
+    shapes, sizes = {}, {}
+    for part, net in nets.items():
+        for name, module in net.named_modules(prefix=part) if net is not None else ():
+            if net is module or [*module.parameters(recurse=False)]:
+                sizes[name] = sum(p.numel() for p in module.parameters())
+                module.register_forward_hook(lambda module, x, y, name=name: shapes.update(
+                    {name: tuple(y.shape) if torch.is_tensor(y) else f"{len(y)} outputs"}))
+    with FlopCounterMode(display=False) as flops:
+        step()
+    for name, shape in shapes.items():
+        print(f"{name:44}{str(shape):>22}{sizes[name]:14,}")
+    begun = time.perf_counter()
+    losses = "".join(f", {name} {value.item():.4f}" for name, value in step().items())
+    print(f"a step: {flops.get_total_flops() / 1e9:.1f} GFLOP, {time.perf_counter() - begun:.3f} s")
+    if torch.cuda.is_available():
+        print(f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory")
+    print(f"losses{losses}".replace(",", ":", 1))
 
 
 # --------------------------------------------------------------------------------- 6 Streets
@@ -1943,134 +2177,6 @@ def street(seed: int, index: int, size: tuple[int, int]) -> dict:
             "image": np.round(image * 255).astype(np.uint8)}
 
 
-# Streets: what one street can look like, exactly
-
-class Street:
-    """The oracle of one built-in street: all its modes, their probabilities, and how to tell them.
-
-    A mode is an "air" (time, weather, palette) and a colour per vehicle. A region is a vehicle,
-    another object, or the stuff of one class, from 1 % of the image on (vehicles: always). Regions
-    are compared by mean colours on [0, 1]. A vehicle's paint is taken to change its own region
-    alone (a test measures that), so that 27 x 4 renderings stand for all modes.
-    """
-
-    def __init__(self, index: int, size: tuple[int, int]):
-        self.layout = paint(street_scene(0, index), size)
-        laws = [COLOR_LAW[name] for _, name in self.layout.vehicles]
-        self.airs = list(itertools.product(TIMES, WEATHERS, PALETTES))
-        self.time = torch.tensor([list(TIMES).index(time) for time, _, _ in self.airs])
-        p = torch.tensor([p for _, p in modes(self.layout)], dtype=torch.float64)
-        self.p = p.view(len(self.airs), *map(len, laws))           # (27, n_1, n_2, ...)
-        ids, regions = np.unique(self.layout.instance, return_inverse=True)
-        self.regions = torch.from_numpy(regions.reshape(-1))
-        self.area = torch.bincount(self.regions)
-        self.own = own = [int(np.flatnonzero(ids == k)[0]) for k, _ in self.layout.vehicles]
-        self.rest = [r for r in range(len(ids)) if r not in own
-                     and self.area[r] >= 0.01 * len(self.regions)]
-        self.stuff = torch.empty(len(self.airs), len(self.rest), 3)
-        self.paint = torch.full((len(self.airs), len(own), 4, 3), torch.inf)
-        for (a, air), c in itertools.product(enumerate(self.airs), range(4)):
-            style = Style(*air, tuple(list(law)[c % len(law)] for law in laws))
-            photo = torch.from_numpy(render(self.layout, style)).permute(2, 0, 1)
-            means = self.means(photo[None] * 2 - 1)[0]
-            if c == 0:
-                self.stuff[a] = means[self.rest]
-            for v, law in enumerate(laws):
-                self.paint[a, v, c % len(law)] = means[own[v]]
-        gaps = [(a - b).abs().max() for a, b in itertools.combinations(self.stuff, 2)]
-        for v, law in enumerate(laws):
-            colours = self.paint[:, v, :len(law)].unbind(1)
-            gaps += [(a - b).abs().amax(1).min() for a, b in itertools.combinations(colours, 2)]
-        self.tau = min(gaps).item() / 2         # half the way to the nearest other mode
-
-    def means(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] -> mean colours of all regions (n, regions, 3) on [0, 1]."""
-        values = (images.clamp(-1, 1).float().flatten(2).movedim(2, 0) + 1) / 2    # (H * W, n, 3)
-        sums = torch.zeros(len(self.area), *values.shape[1:]).index_add_(0, self.regions, values)
-        return (sums / self.area[:, None, None]).transpose(0, 1)
-
-    def read(self, images: Tensor) -> dict[str, Tensor]:
-        """The nearest mode of each image (n, 1 + vehicles), and whether it is that mode.
-
-        valid (n,): all regions within tau of it. fits (n, R): the region alone fits some mode.
-        agree (n,): every region, taken alone, votes for the same time of day. majority (n,): the
-        share of the regions' area whose vote is the most frequent one.
-        """
-        means, rows = self.means(images), torch.arange(len(images))
-        stuff = (means[:, None, self.rest] - self.stuff).abs()                # (n, 27, R, 3)
-        paint = (means[:, None, self.own, None] - self.paint).abs()           # (n, 27, V, 4, 3)
-        cost, colour = paint.sum(4).min(3)                                    # (n, 27, V)
-        air = (stuff.sum((2, 3)) + cost.sum(2)).argmin(1)
-        colour = colour[rows, air]                                            # (n, V)
-        worst = stuff[rows, air].amax((1, 2))
-        for v in range(len(self.own)):
-            worst = torch.maximum(worst, paint[rows, air, v, colour[:, v]].amax(1))
-        alone = torch.cat([stuff.amax(3), paint.amax(4).amin(3)], 2)          # (n, 27, R + V)
-        votes = self.time[torch.cat([stuff.sum(3), cost], 2).argmin(1)]       # (n, R + V)
-        area = self.area[self.rest + self.own] / self.area[self.rest + self.own].sum()
-        most = (F.one_hot(votes, len(TIMES)) * area[:, None]).sum(1)          # (n, times)
-        return {"mode": torch.cat([air[:, None], colour], 1), "valid": (worst < self.tau).float(),
-                "fits": (alone.amin(1) < self.tau).float(),
-                "agree": (votes == votes[:, :1]).all(1).float(), "majority": most.amax(1)}
-
-    def times(self, modes: Tensor) -> list[str]:
-        """The times of day of modes as `read` gives them."""
-        return [self.airs[a][0] for a in modes[:, 0]]
-
-    def sample(self, n: int, seed: int) -> Tensor:
-        """The true sampler: n photos (n, 3, H, W) in [-1, 1] of this layout."""
-        rng = np.random.default_rng([seed, 7])
-        photos = [render(self.layout, draw_style(self.layout, rng)) for _ in range(n)]
-        photos = np.stack([photo + STREET_GRAIN * rng.standard_normal(photo.shape)
-                           for photo in photos])
-        return torch.from_numpy(photos).float().clamp(0, 1).permute(0, 3, 1, 2) * 2 - 1
-
-    def measure(self, seen: dict[str, Tensor]) -> dict[str, float]:
-        """MEASURES of what `read` saw in n samples. TV is NaN where none is valid."""
-        n, p = len(seen["mode"]), self.p.flatten()
-        strides = torch.tensor([math.prod(self.p.shape[i + 1:]) for i in range(self.p.ndim)])
-        valid = (seen["mode"] * strides).sum(1)[seen["valid"] > 0]
-        count = torch.bincount(valid, minlength=len(p))
-        hit, rare, tv = (count > 0).double(), p < 0.05, (count / max(len(valid), 1) - p).abs().sum()
-        times = torch.bincount(self.time[seen["mode"][:, 0]], minlength=3) / n
-        values = [*(seen[k].mean() for k in ("valid", "fits", "agree", "majority")),
-                  hit.mean(), p[hit > 0].sum(), hit[rare].mean(),
-                  tv / 2 if len(valid) else torch.tensor(math.nan),
-                  (times - torch.tensor(list(TIMES.values()))).abs().sum() / 2,
-                  (1 - (1 - p) ** n).mean()]
-        return {name: value.item() for name, value in zip(MEASURES, values, strict=True)}
-
-
-MEASURES = {  # what no real dataset allows; the row of the true sampler says what can be reached
-    "joint precision": "share of samples with all regions within tau of one mode",
-    "class validity": "share of regions that alone fit some mode",
-    "T-agreement": "share of samples whose regions all vote for one time of day",
-    "T-majority": "share of a sample's area that votes for its most voted time of day",
-    "recall": "share of modes that a valid sample hits", "mass recall": "their probability",
-    "rare recall": "recall of modes below 5 %",
-    "TV": "total variation of the valid samples' modes from the truth",
-    "time TV": "the same of the times of day of all samples' nearest modes",
-    "ideal recall": "recall that n draws from the truth have on average"}
-
-
-def street_of(pair: dict) -> Street | None:
-    """The oracle of a batch of one of the built-in streets, unless its layout was edited."""
-    label = pair["label"][0].cpu().numpy()                         # (H, W)
-    oracle = Street(int(pair["name"].removeprefix("street_")), label.shape)
-    return oracle if np.array_equal(oracle.layout.label, label) else None
-
-
-def switches(modes: Tensor) -> int:
-    """How often the mode changes along a path (n, 1 + vehicles)."""
-    return int((modes[1:] != modes[:-1]).any(1).sum())
-
-
-def agreement(times: list[list]) -> float:
-    """P[two layouts show the same time of day for one noise]: times[layout][noise]."""
-    pairs = [a == b for i, x in enumerate(times) for y in times[:i] for a, b in zip(x, y)]
-    return sum(pairs) / max(len(pairs), 1)
-
-
 # ------------------------------------------------------------------------------------- 7 VGG
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # RGB, on [0, 1]
@@ -2096,47 +2202,49 @@ def vgg_layer(layer: nn.Module, x: Tensor) -> Tensor:
     return x if pool and min(x.shape[-2:]) == 1 else layer(x)
 
 
-def pretrained(option: str, weights: str, network: str, cure: str) -> dict:
-    """"imagenet", which is torchvision's download of a network's weights, or those of a file."""
-    if weights != "imagenet":
-        return load_file(Path(weights), cure)
-    source = getattr(torchvision.models, f"{network}_Weights").IMAGENET1K_V1
-    try:
-        return source.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{option} imagenet: {source.url} cannot be had ({error}); {cure}")
+def read_vgg(depth: int, weights: str) -> tuple[int, list[Tensor]]:
+    """A VGG's depth, and the weights and biases of its convolutions; of "random" there are none.
 
-
-def vgg_weights(trunk: nn.Sequential, depth: int, weights: str) -> None:
-    """Fill a trunk: "imagenet" (torchvision's download), "random" (seeded), or a file.
-
-    A file is a state dict of torchvision's VGG, or an FCN8s as kept by fcn_scorer, whose trained
-    trunk can stand in where ImageNet's weights are not to be had. Shapes are checked.
+    "imagenet" is torchvision's download. A file is a state dict of torchvision's VGG-16 or VGG-19,
+    which both have all the layers that the papers name, or of an FCN8s as kept by fcn_scorer, whose
+    trained trunk can stand in where ImageNet's weights are not to be had.
     """
-    ways = f"use --vgg FILE (torchvision's VGG-{depth}, or a trained FCN-8s) or --vgg random"
-    if weights == "random":                     # He's initialisation: the scale survives 16 layers
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(0)  # the same features in every run
-        for module in trunk:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)
-        torch.set_rng_state(state)
-        return
-    stored = pretrained("--vgg", weights, f"VGG{depth}", ways)
-    stored = stored.get("scorer", stored)
-    files = [] if not isinstance(stored, dict) else [
-        v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
-    own = list(trunk.parameters())
-    shapes = [tuple(p.shape) for p in own]
-    if len(files) != 2 * sum(BLOCKS[depth]) or shapes != [
-            tuple(getattr(v, "shape", ())) for v in files[:len(own)]]:
-        raise UserError(f"--vgg {weights}: does not hold the weights of VGG-{depth}; {ways}")
-    if not finite(dict(enumerate(files))):
-        raise UserError(f"--vgg {weights}: holds nan or infinite weights; {ways}")
-    with torch.no_grad():
-        for parameter, value in zip(own, files):
-            parameter.copy_(value)
+    if weights == "random":
+        return depth, []
+    cure = "use --vgg FILE (torchvision's VGG-16 or VGG-19, or a trained FCN-8s) or --vgg random"
+    if weights == "imagenet":
+        source = getattr(torchvision.models, f"VGG{depth}_Weights").IMAGENET1K_V1
+        try:
+            stored = source.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"--vgg imagenet: {source.url} cannot be had ({error}); {cure}")
+    else:
+        stored = load_file(Path(weights), cure)
+    stored = stored.get("scorer", stored)       # what fcn_scorer keeps
+    values = [v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
+    found = [d for d, n in BLOCKS.items() if len(values) == 2 * sum(n)]
+    if not found or not all(torch.is_tensor(v) and v.isfinite().all() for v in values):
+        raise UserError(f"--vgg {weights}: holds no weights of VGG-16 or VGG-19; {cure}")
+    if found[0] != depth:
+        notice(f"--vgg {weights}: VGG-{found[0]} stands in for the paper's VGG-{depth}")
+    return found[0], values
+
+
+def vgg_weights(trunk: nn.Sequential, values: list[Tensor]) -> None:
+    """Fill a trunk, or the first layers of one, with what read_vgg gave; without values at random,
+    the same in every run, by He's initialisation: the scale survives 16 layers."""
+    if not values:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            for module in trunk:
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
+                    nn.init.zeros_(module.bias)
+    for p, value in zip(trunk.parameters(), values):
+        if p.shape != value.shape:
+            raise UserError(f"--vgg: a weight of shape {tuple(value.shape)}, expected "
+                            f"{tuple(p.shape)}; use torchvision's VGG-16")
+        p.data.copy_(value)
 
 
 class VGGFeatures(nn.Module):
@@ -2147,20 +2255,21 @@ class VGGFeatures(nn.Module):
     the weights.
 
     Released code: pix2pixHD, SPADE and Lab2Pix feed [-1, 1] as it is, as normalise=False does. CRN
-    pools by average (average_pool=True), the others by maximum. A width below VGG's 64 is for small
-    studies with random weights.
+    pools by average (average_pool=True), the others by maximum. `width`, of random weights alone:
+    below VGG's 64 for small studies.
     """
 
     def __init__(self, layers: tuple[str, ...], depth: int = 19, weights: str = "imagenet",
                  normalise: bool = True, average_pool: bool = False, width: int = 64):
         super().__init__()
         self.wanted = {name: name.replace("conv", "relu") for name in layers}
+        depth, values = read_vgg(depth, weights)
         with torch.device("meta"):               # no memory, no random numbers: filled below
             order = [name for name, _ in vgg_trunk(depth).named_children()]
             last = max(self.wanted.values(), key=order.index)
-            self.trunk = vgg_trunk(depth, width, last, average_pool)
+            self.trunk = vgg_trunk(depth, len(values[0]) if values else width, last, average_pool)
         self.trunk.to_empty(device="cpu")
-        vgg_weights(self.trunk, depth, weights)
+        vgg_weights(self.trunk, values)
         self.requires_grad_(False)
         self.normalise = normalise
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -2251,7 +2360,7 @@ def train_scorer(net: FCN8s, train: Dataset, device: torch.device, steps: int, b
 
 
 def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str = "imagenet",
-               width: int = 64, steps: int = 2000, batch_size: int = 4, lr: float = 0) -> FCN8s:
+               width: int = 0, steps: int = 0, batch_size: int = 4, lr: float = 0) -> FCN8s:
     """The scorer for a dataset: read from `folder`, else trained on its photos and kept there.
 
     FCN-score (pix2pix, Sec. 4.1): a network trained on real photos labels the generated ones, at
@@ -2260,42 +2369,35 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
     was trained on Cityscapes. Scores by another compare with each other and with its row for the
     real test photos, not with the paper's numbers.
 
+    width: 0 is VGG-16's 64, or 16 where the weights begin at random.
+    steps: batches that it trains on; 0 is 2000, or 1000 with a width of 16.
     lr: a constant learning rate; 0 means 1e-4, and where the weights begin at random 1e-3, towards
     which it rises at first, and from which it falls in the second half: the toy presets' scorer
     then labels 92 % of the pixels of held-out streets right, with 1e-4 88 %.
 
-    A kept scorer is used again while the settings and the files (by size and time of change) are
-    those that it was made from.
+    The file's name tells what it was made from: the data set and its number of photos, and these.
     """
+    width = width or (16 if weights == "random" else 64)
+    steps = steps or (1000 if width == 16 else 2000)
     rate = lambda done: lr or 1e-4
     if not lr and weights == "random":
         rate = lambda done: 1e-3 * min(1, 10 * done + 0.01, 2 - 2 * done)
     name = Path(train.data).resolve().name if train.data else "streets"
-    cache = folder / f"fcn8s-{name}-{train.size[0]}x{train.size[1]}.pt"
-    stats = [path.stat() for files in train.files for path in files.values()] if train.data else ()
-    made = {"data": train.data, "n": len(train), "size": list(train.size), "classes": train.classes,
-            "files": zlib.crc32(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()),
-            "width": width, "steps": steps, "vgg": weights, "lr": lr}
-    stored = load_file(cache, "delete it; it will be trained again") if cache.is_file() else {}
-    known = stored.get("made") == made
-    if stored and not known:
-        notice(f"{cache}: another scorer ({stored.get('made')}); training a new one")
-    if not known and width != 64 and weights == "imagenet":
-        raise UserError(f"--scorer-width {width}: ImageNet's VGG-16 has width 64; use --vgg random")
-    rng_state, epoch = torch.get_rng_state(), train.epoch
-    torch.default_generator.manual_seed(0)      # the same scorer whatever happened before
-    net = FCN8s(len(train.table.names), width)
-    if known:
-        torch.set_rng_state(rng_state)
-        fill(net, stored["scorer"], f"{cache}: scorer")
-        return net.to(device).eval()
-    if weights == "random":
-        notice("the scorer starts from random weights, not from ImageNet's")
-    vgg_weights(net.trunk, 16, weights)
-    train_scorer(net, train, device, steps, batch_size, rate)
-    torch.set_rng_state(rng_state)
-    train.epoch = epoch
-    save_file({"made": made, "scorer": net.state_dict()}, cache)
+    cache = folder / (f"fcn8s-{name}-{train.fingerprint()[1]:08x}-{train.classes}-{train.size[0]}x"
+                      f"{train.size[1]}-{width}-{steps}-{lr:g}-{Path(weights).stem}.pt")
+    with torch.random.fork_rng(devices=[]):     # the same scorer whatever happened before
+        torch.default_generator.manual_seed(0)
+        net, epoch = FCN8s(len(train.table.names), width), train.epoch
+        if cache.is_file():
+            kept = load_file(cache, "delete it; it will be trained again")
+            net.load_state_dict(kept["scorer"])
+            return net.to(device).eval()
+        if weights == "random":
+            notice("the scorer starts from random weights, not from ImageNet's")
+        vgg_weights(net.trunk, read_vgg(16, weights)[1])
+        train_scorer(net, train, device, steps, batch_size, rate)
+        train.epoch = epoch
+    save_file({"scorer": net.state_dict()}, cache)
     return net.eval()
 
 
@@ -2319,59 +2421,25 @@ def segmentation_scores(confusion: Tensor) -> dict[str, float]:
     """
     hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     seen = truth > 0
+    if not seen.any():
+        raise UserError("no pixel of the test labels is of a class that is scored, so that scores "
+                        "would mean nothing; --classes says which classes they hold")
     return {"per-pixel acc": (hits.sum() / truth.sum()).item(),
             "per-class acc": (hits / truth)[seen].mean().item(),
             "class IOU": (hits / (truth + predicted - hits))[seen].mean().item()}
 
 
-def kmeans(points: Tensor, k: int, seed: int = 0, restarts: int = 10) -> Tensor:
-    """K-means: points (n, C) -> centres (min(k, distinct points), C), the best of ten starts.
-
-    Starts are those of k-means++: each new centre is a point drawn with probability proportional to
-    its squared distance from the nearest centre so far.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    points, best = points.double().cpu(), (math.inf, None)
-    k = min(k, len(points.unique(dim=0)))
-
-    def distances(centres: Tensor) -> Tensor:   # (n, K), squared; torch.cdist would round
-        return (points[:, None] - centres).square().sum(2)
-
-    for _ in range(restarts):
-        centres = points[torch.randint(len(points), (1,), generator=generator)]
-        while len(centres) < k:
-            chance = distances(centres).amin(1)
-            new = torch.multinomial(chance / chance.max(), 1, generator=generator)
-            centres = torch.cat([centres, points[new]])
-        for _ in range(100):
-            owner = distances(centres).argmin(1)
-            sums = torch.zeros_like(centres).index_add_(0, owner, points)
-            sizes = torch.bincount(owner, minlength=k)[:, None]
-            moved = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-            if torch.equal(moved, centres):
-                break
-            centres = moved
-        inertia = distances(centres).amin(1).sum().item()
-        if inertia < best[0]:
-            best = (inertia, centres)
-    return best[1].float()
-
-
-# ------------------------------------------------------------------------------- 9 Run files
+# ------------------------------------------------------------------------ 9 Files of weights
 
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; "
                         f"{cure}")
-    if path.exists() and not path.is_file():    # a pipe would be waited for
-        raise UserError(f"{path}: not a file; {cure}")
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():   # torch checks no sums
-            raise ValueError("wrong checksum")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(f"{path}: no such file; {cure}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # pickle, zip and eof errors share no narrower class
         raise UserError(f"{path}: damaged, or not plain weights ({type(error).__name__}); {cure}")
     if not isinstance(stored, dict):
@@ -2379,134 +2447,29 @@ def load_file(path: Path, cure: str) -> dict:
     return stored
 
 
-def fill(target, stored: dict, name: str) -> None:
-    """load_state_dict of a network, an optimiser or a Loader, whose error is one line.
-
-    An optimiser takes its moments alone, and only in the shape of its parameters: a compiled update
-    would read past the end of a smaller one. Its rates are the config's.
-    """
-    try:
-        if isinstance(target, torch.optim.Optimizer):
-            own = target.state_dict()["param_groups"]
-            sizes = [p.shape for group in target.param_groups for p in group["params"]]
-            for k, values in stored["state"].items():
-                if values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                    raise ValueError(f"parameter {k} has {', '.join(values)}")
-                for what, value in values.items():
-                    wanted = torch.Size() if what == "step" else sizes[k]
-                    if value.shape != wanted or value.dtype != torch.float32:
-                        raise ValueError(f"{what} of parameter {k} is {tuple(value.shape)}, "
-                                         f"expected {tuple(wanted)}")
-            stored = {"state": stored["state"], "param_groups": own}
-        target.load_state_dict(stored)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"{name}: another {type(target).__name__} than expected here "
-                        f"({' '.join(str(error).split()):.160})")
-    if isinstance(target, nn.Module) and not finite(target.state_dict()):
-        raise UserError(f"{name}: holds nan or infinite weights, from a run that diverged perhaps")
-
-
 def finite(part) -> bool:
-    """Whether all tensors of a state dict are finite numbers."""
-    values = part.values() if isinstance(part, dict) else [part]
-    return all(value.isfinite().all() for value in values if torch.is_tensor(value))
+    """Whether all tensors of a state dict, however nested, are finite numbers."""
+    if isinstance(part, dict):
+        return all(map(finite, part.values()))
+    return not torch.is_tensor(part) or bool(part.isfinite().all())
 
 
 def save_file(content: dict, path: Path) -> None:
     """Write beside, flush, rename: at any moment `path` is the old file or the new, whole.
 
-    Weights that are nan or infinite replace no good ones.
+    Numbers that are nan or infinite replace no good ones.
     """
-    for name, part in content.items():
-        if not finite(part):
-            raise UserError(f"{path}: not saved, since the {name} is nan or infinite; the last "
-                            "good one is kept. A smaller --lr may help")
-    temporary = path.with_name(path.name + ".tmp")
+    if not finite(content):
+        raise UserError(f"{path}: not saved, since weights are nan or infinite; the last good one "
+                        "is kept. A smaller --lr may help")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(beside, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(beside, path)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
-        if temporary.is_file():
-            temporary.unlink()
-        if isinstance(error.__context__, OSError):          # what torch does not pass on
-            error = error.__context__
+        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
-
-
-def plot_log(log: list[dict], out: Path) -> None:
-    """log.csv, and losses.png, whose curves are means over ten of its rows."""
-    lines = [log[0], *(row.values() for row in log)]
-    (out / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-    figure, n = matplotlib.figure.Figure(figsize=(8, 4.5)), min(10, len(log))
-    axes = figure.subplots()
-    for name in list(log[0])[4:]:                # after step, epoch and the loader's speed
-        mean = np.convolve([float(row[name]) for row in log], np.ones(n) / n, "valid")
-        axes.plot([row["step"] for row in log[n - 1:]], mean, ".-", label=name)
-    axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(out / "losses.png", dpi=120)
-
-
-def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
-    """The architecture figure as text: one training step's layers with parameters, the shape of
-    what they last gave, FLOPs, time, memory and losses."""
-    rows, size = {}, {}
-    for part, net in nets.items():
-        for name, module in net.named_modules() if net is not None else ():
-            if name and not [*module.parameters(recurse=False)]:
-                continue
-            name = f"{part}.{name}".strip(".")
-            size[name] = sum(p.numel() for p in module.parameters())
-            module.register_forward_hook(lambda module, _, y, name=name: rows.update(
-                {name: tuple(y.shape) if torch.is_tensor(y) else f"{len(y)} outputs"}))
-    with FlopCounterMode(display=False) as flops:
-        step()
-    for name, shape in rows.items():
-        print(f"{name:44}{str(shape):>22}{size[name]:14,}")
-    clock = time.time()
-    losses = {name: f"{value.item():.4f}" for name, value in step().items()}
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
-    print(f"a step: {flops.get_total_flops() / 1e9:.1f} GFLOP, {time.time() - clock:.3f} s"
-          + (f", {memory:.1f} GiB of GPU memory" if memory else "")
-          + "; losses: " + ", ".join(f"{name} {value}" for name, value in losses.items()))
-
-
-def run_of(path: str | Path) -> str:
-    """The folder of the run that a checkpoint is of; "" for other weights, like the authors'."""
-    return str(Path(path).parent) if Path(path).name == "checkpoint.pt" else ""
-
-
-def free_folder(kind: str) -> Path:
-    """The next free runs/<kind>-N, claimed by making it."""
-    for n in itertools.count(1):
-        path = Path("runs") / f"{kind}-{n}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            if Path("runs").is_file():
-                raise UserError("runs: a file; runs are kept in a folder of this name; say where "
-                                "with --out")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); say where with --out")
-
-
-def lock(folder: Path) -> IO:
-    """Makes a run's folder; it is this process's alone until the returned file is closed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})")
-    try:
-        import fcntl                            # not on Windows
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # gone with the process, however it ends
-    except ImportError:
-        pass
-    except OSError:
-        raise UserError(f"--out {folder}: in use, a run writes to it at this moment")
-    return file

@@ -6,18 +6,19 @@ refinement network of Q. Chen and V. Koltun, ICCV 2017, one output or k of them.
 
 Idea. Regression shown one photo per layout learns an average; a GAN may ignore its noise and drop
 modes. Here T(L, z) gets noise, and *every photo looks for its nearest sample*: of m images drawn
-for the layout of a photo, the one that comes nearest is pulled towards the photo. Every photo
-pulls one sample, so none is left out of the training; whether every mode is then learned depends
-on m, on the capacity of T and on the length of the training. The samples that were not nearest
-stay free to serve other photos. CRN's own way is k outputs at once, the best one trained; k is
-then fixed.
+for the layout of a photo, the one that comes nearest is pulled towards the photo. The samples that
+were not nearest stay free to serve other photos. So no photo that is trained on is left without a
+sample; whether every mode is then learned depends on m, on the capacity of T, on the length of the
+training, and on which photos are drawn: E = 16 epochs of |S| = 400 draws meet at most 6400 of
+GTA-5's 12403 photos, so that 48 % of them or more are never seen. CRN's own way is k outputs at
+once, the best one trained; k is then fixed.
 
 Symbols     L batch["input"], one-hot    I batch["image"]    z batch["noise"]    T_theta generator
-            S the images of one epoch     m candidates     K inner steps     S~ a batch
+            S the photos of one epoch     m candidates     K inner steps     S~ a batch
 
-Algorithm 1, with what carries out each line. Misprint in lines 6 and 11: T(L^j, z_j) and I~_ij;
-below is what is meant. An "epoch" is the paper's: one search, then K updates, whatever the number
-of photos. Each line is named where it is carried out.
+Algorithm 1, with what carries out each line; the numbers are ours, the paper has none. Misprint in
+lines 6 and 11: T(L^j, z_j) and I~_ij; below is what is meant. An "epoch" is the paper's: one
+search, then K updates, whatever the number of photos.
      1  initialise theta                                                   build
      2  for epoch = 1 .. E:                                                train
      3      S = |S| numbers of photos, drawn by their rarity (Sec. 3.4)    populate
@@ -31,7 +32,7 @@ of photos. Each line is named where it is carried out.
     11          theta -= eta grad mean over S~ of L^(I_i, I~_i)            train_step
     12  return theta                                                       Run.save
 
-Paper map   (a test reads these lines: every name must exist, and nothing numbered may be missing)
+Paper map
     Eq. (1)     distance in VGG's features         layer_terms, distance, balanced_weights
     Sec. 3.2    IMLE's objective (unnumbered)      search, train_step
     Alg. 1      conditional IMLE                   populate, search, Batches, train_step, train
@@ -53,41 +54,52 @@ Paper map   (a test reads these lines: every name must exist, and nothing number
     Fig. 7      edited layouts, the same noise     edit
     Fig. 8      interpolation as a video           interpolate
     Fig. 9      a car that moves away              video
-    Fig. 10     differences of frames              video
+    Fig. 10     differences of frames, half (a)    video; half (b), pix2pix's, is not made here
     Fig. 11-12  more layouts with 19 samples       sample, with --samples 19
 
 Paper                             | Released code                     | Here
     five VGG layers               | and the pixels                    | and the pixels;
                                   |                                   |   --pixel-weight 0: five
-    VGG's pooling not stated      | average                           | average
-    VGG's input not stated        | 0..255 minus Caffe's mean, not    | torchvision's: [0, 1], minus
-                                  |   divided                         |   mean, over deviation
-    VGG trained on ImageNet       | the same                          | --vgg; random: see build
+    VGG's weights, pooling and    | ImageNet's; average; 0..255 minus | --vgg; average; mean and
+      input not stated            |   Caffe's mean, not divided       |   deviation of torchvision
     a sum of absolute values      | their mean                        | mean
-    lambda: equal contributions   | constants                         | measured once; --calibrate
-    lambda at the start           | constants of a CRN's training     | 1, or that of --init's CRN
+    lambda: equal contributions   | constants, from the means of a    | measured after epoch 1;
+                                  |   CRN's 100th epoch               |   crn --released: after 100
+    lambda at the start           | the same constants                | 1, or that of --init's CRN
     labels shrunk bilinearly      | by area                           | by area: at 1/2 the same
     noise shrunk bilinearly       | in effect every second pixel      | every second pixel
     features enlarged bilinearly  | corners aligned                   | corners aligned
+    layer norm's epsilon not      | TensorFlow's, 1e-12               | PyTorch's, 1e-5
+      stated                      |                                   |
     encoder: three convolutions   | 3x3, 3x3, 1x1; widths 100, 100    | as released;
                                   |                                   |   --encoder-width
-    one training run              | encoder started anew at epoch 6   | --renew-encoder
+    one training run              | at epoch 6 the encoder and Adam   | one; --released: anew at
+                                  |   start anew                      |   --lr-drop
     learning rate 1e-5            | 1e-4 for six epochs, then 1e-5    | 1e-5; preset imle-released
     start not stated              | CRN's weights, k = 9              | --init, or from scratch
     a gradient step               | Adam                              | Adam
+    S and S~: random subsets      | drawn with replacement            | with replacement: S may hold
+                                  |                                   |   a photo twice
+    a portion of S for each of    | equal fifths, of a fixed list     | equal fifths, by area;
+      the five largest classes    |                                   |   unknown counts
     the search by L               | by the masked L                   | the masked L in both places
     T(L^j, z_j) in Alg. 1         | T(L_i, z_ij)                      | T(L_i, z_ij)
     I~_ij in the update           | i's nearest, rendered anew        | as released
-    five largest classes          | a fixed list                      | by area, unknown counts
     KDE's bandwidth not stated    | Scott's rule                      | Scott's rule
     colours in a plane (singular  | not handled                       | 1 grey level^2 is added to
       covariance) not mentioned   |                                   |   every covariance
     rare classes not mentioned    | under 67 images: a score near 0   | under 10: the image's lowest
     blank images not mentioned    | one is left out                   | they are never drawn
-    CRN trains the best of its    | that loss times 0.999, plus the   | as released
-      k outputs                   |   mean of all k times 0.001       |
+    CRN: k outputs, as Chen and   | best of k per class times 0.999,  | as released; ours:
+      Koltun have it              |   plus mean of all k times 0.001  |   --diversity per-image
     noise between two z: linear   | linear                            | linear; interpolate shows a
                                   |                                   |   path of even variance, too
+    Table 1: K-means of 100       |                                   | one K-means, on images of 32
+      images, ten times           |                                   |   rows; ten choices
+    Table 1, "overall": averaged  |                                   | over all pixels of named
+      over all categories         |                                   |   classes. Neither fits: the
+                                  |                                   |   means are 2.787 and 1.861,
+                                  |                                   |   printed 3.415 and 2.870
 
 Run         python crn_imle.py                               built-in streets, minutes on a laptop
             python crn_imle.py --data ./gta --gpu 0 --init crn.pt      the paper's run
@@ -95,29 +107,41 @@ Run         python crn_imle.py                               built-in streets, m
 """
 
 import atexit
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import common                                   # before torch: it says how torch's threads wait
 
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, GroupNorm, UserError, Within, check_settings, check_sides, class_id,
-    class_table, colour_label, flag, notice, row_of, save_images, setting)
+    COUNT, POSITIVE, UserError, Within, check_settings, check_sides, class_id, class_table,
+    colour_label, draw_seed, find_preset, flag, notice, save_images, setting)
+
+NAME = "crn_imle"
+NETWORKS = ("generator",)                       # in State
+TESTS = ("sample", "interpolate", "edit", "transfer", "video", "evaluate")
+MODES = ("train", *TESTS, "check", "trace")
+# Who knows a flag.
+TRAIN, BEFORE, DRAW, ONE = ("train",), ("train", "check", "trace"), TESTS[:-1], TESTS[1:3]
 
 # --------------------------------------------------------------------------------- 1 Config
 
@@ -130,103 +154,86 @@ class Config:
     """Every setting is a flag. The defaults are the paper's; the text says where it states them."""
     # The task is always the same: a label map in, a photo out. The paper stays at 256 x 512, which
     # squeezes GTA-5's photos a little.
-    data: str = setting("", "folder, in any known layout; none: the built-in streets")
+    data: str = setting("", "folder, in any known layout; none: built-in streets", free="resume")
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
-    size: tuple[int, int] = setting((256, 512), "height, width in pixels, Sec. 4.2", POSITIVE)
-    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
+    size: tuple[int, int] = setting((256, 512), "height, width, Sec. 4.2", POSITIVE, free="test")
+    limit: int = setting(0, "use the first so many examples; 0: all", COUNT, free="test")
     # The network. Both models are one generator: a crn has k outputs and no noise, an imle has one
     # output, d channels of noise beside the label map, and the noise encoder. Ours, not in the
     # paper: a crn whose best output is chosen for the whole image, and noise that is one vector.
     model: str = setting("imle", "with noise, or the baseline without", ("imle", "crn"))
-    outputs: int = setting(9, "crn: images per layout, k, Sec. 4.2", Within((1, 100)))
-    diversity: str = setting("per-class", "crn: who is the best of k; ours: per-image", (
-        "per-class", "per-image"))
+    outputs: int = setting(9, "crn: images per layout, k, Sec. 4.2", Within(1, 100))
+    diversity: str = setting("per-class", "crn: best of k", ("per-class", "per-image"))
     width: int = setting(1024, "channels of M0 to M4; finer ones have fewer, Sec. 3.3.1", POSITIVE)
-    modules: int = setting(0, "0: down to 4 rows, so 7 at 256; Sec. 3.3.1", Within((0, 9)))
+    modules: int = setting(0, "0: down to 4 rows, so 7 at 256; Sec. 3.3.1", Within(0, 9))
     noise_channels: int = setting(10, "d, Sec. 4.2", POSITIVE)
-    noise: str = setting("spatial", "z per pixel; ours: one vector for all pixels", (
-        "spatial", "broadcast"))
+    noise: str = setting("spatial", "z per pixel, or one for all", ("spatial", "broadcast"))
     encoder_width: int = setting(100, "of the noise encoder, as released; 0: no encoder", COUNT)
-    # The objective. The VGG layers and the pixel term each have a lambda, which is measured once,
-    # when they have been trained with lambda = 1 for --calibrate epochs; see balanced_weights.
+    # The objective. The VGG layers and the pixel term each have a lambda, which is measured once
+    # and then stays; see balanced_weights.
     layers: tuple[str, ...] = setting(VGG_LAYERS, "VGG-19's, in Eq. (1)", VGG_19)
     pixel_weight: float = setting(1.0, "of the pixel term, as released; 0: Eq. (1)", COUNT)
-    calibrate: int = setting(1, "ours: epochs after which lambda is measured, once", POSITIVE)
+    vgg: str = setting("imagenet", "weights: imagenet, random (narrow), or a file", free="test")
     rebalance: str = setting("both", "masks, bins of S; Sec. 3.4", ("both", "bins", "mask", "none"))
     # Algorithm 1, with the paper's letters. With its values the search is 12 % of the computation,
-    # and each image of S is updated 25 times with the z that it has found. For a crn an epoch is
+    # and each member of S is updated 25 times with the z that it has found. For a crn an epoch is
     # --inner-steps updates without a search. The paper's rate is for a start from a CRN's weights
     # (--init); from scratch it needs ten times as much (preset imle-released).
-    epochs: int = setting(16, "E, searches; not in the paper, as released", POSITIVE)
-    pool: int = setting(400, "|S|, images of an epoch, Sec. 4.2", POSITIVE)
+    epochs: int = setting(16, "E, searches; not in the paper, as released", POSITIVE, free="resume")
+    pool: int = setting(400, "|S|, photos of an epoch, Sec. 4.2", POSITIVE)
     candidates: int = setting(10, "m, samples among which a photo looks, Sec. 4.2", POSITIVE)
-    inner_steps: int = setting(10000, "K, updates of an epoch; 0: each photo once (crn)", COUNT)
+    inner_steps: int = setting(10000, "K, updates of an epoch; 0: one per photo", COUNT)
     batch_size: int = setting(1, "|S~|, images per step and process, Sec. 4.2", POSITIVE)
-    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT)
-    lr: float = setting(1e-5, "eta, Adam's, Sec. 4.2", Within((1e-9, 0.9)))
+    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT, free="resume")
+    lr: float = setting(1e-5, "eta, Adam's, Sec. 4.2; without --init 1e-4", Within(1e-9, 0.9))
     lr_drop: int = setting(0, "from this epoch on a tenth of lr; 0: never. Released: 6", COUNT)
-    renew_encoder: bool = setting(False, "as released: at --lr-drop the encoder starts anew")
-    noise_gain: float = setting(5.0, "--init: noise's weights over CRN's RMS, as released", COUNT)
-    search_batch: int = setting(5, "candidates rendered at once: memory, not results", POSITIVE)
-    keep_features: int = setting(0, "photos whose features stay in memory, 64 MB at 256", COUNT)
-    seed: int = setting(0, "of initialisation, order and noise", COUNT)
-    init: tuple[str, ...] = setting((), "start from these weights; imle also from a crn's")
-    save_every: int = setting(0, "steps between checkpoints and grids; 0: an epoch", COUNT)
-    # Test time and evaluation. Nothing below here changes what training computes, but for rounding
-    # (--precision, --compile, --channels-last). More images per layout than the paper's 100 let
-    # best-of-n and the streets' exact measures see rarer modes.
-    eval_samples: int = setting(100, "images per layout, nine of them taken, Sec. 4.3", POSITIVE)
-    images: str = setting("", "score another model's NAME.png or NAME_1.png, ... of this folder")
-    vgg: str = setting("imagenet", "VGG-19's weights: imagenet, random, or a file")
-    vgg_width: int = setting(64, "64 is VGG; less with random weights, for small studies", POSITIVE)
-    # The machine. Several processes (torchrun) share the search and average their gradients; the
-    # batch is then --batch-size times their number.
-    gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
-    workers: int | None = setting(None, "data processes; none: 4 with a GPU", Within((0, 256)))
-    precision: str = setting("fp32", "bf16: autocast around the networks", ("fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile the networks")
-    channels_last: bool | None = setting(None, "memory order; none: with a GPU")
-    out: str = setting("", "the run's folder; none: the next free runs/crn_imle-N")
-    # One call: what a stored run says of these is not used again.
-    preset: str = setting("", "a column of the releases; none: toy with the streets")
-    resume: bool = setting(False, "continue the run in --out, or the newest, exactly")
-    checkpoint: tuple[str, ...] = setting((), "to test with; none: the newest run's")
-    input: str = setting("", "a file or a folder of any size; none: the test split")
-    output: str = setting("", "a file or a folder; none: in the run's folder")
-    samples: int | None = setting(None, "per layout; none: nine; transfer, edit: three", POSITIVE)
-    item: str = setting("", "name of a layout to take; none: the first")
-    ends: tuple[int, int] | None = setting(None, "two seeds; none: darkest and brightest", COUNT)
-    frames: int | None = setting(None, "none: 8; video: 17", Within((2, 10 ** 6)))
+    released: bool = setting(False, "imle: a new encoder at --lr-drop; crn: lambda at epoch 100")
+    seed: int = setting(0, "of initialisation, order and noise", COUNT, free="test")
+    init: tuple[str, ...] = setting((), "a crn's or an imle's weights", modes=TRAIN, free="call")
+    # The machine. Nothing below here changes what training computes, but for rounding. Several
+    # processes (torchrun) share the search and average their gradients; the batch is then
+    # --batch-size times their number.
+    gpu: int | None = setting(None, "number; -1: the CPU; none: the first", Within(-1), free="call")
+    workers: int | None = setting(None, "data processes; none: 4 with a GPU", COUNT, free="resume")
+    precision: str = setting("fp32", "bf16: autocast", ("fp32", "bf16"), free="resume")
+    compile: bool = setting(False, "torch.compile the networks", free="resume")
+    channels_last: bool | None = setting(None, "memory order; none: with a GPU", free="resume")
+    out: str = setting("", "the run's folder; none: the next runs/crn_imle-N", free="call")
+    # One call
+    preset: str = setting("", "a column of the releases; none: toy with the streets", modes=BEFORE)
+    resume: bool = setting(False, "go on with --out, or the newest run", modes=TRAIN, free="call")
+    checkpoint: tuple[str, ...] = setting((), "none: the newest", modes=TRAIN + TESTS, free="call")
+    input: str = setting("", "a file or folder; none: the test split", modes=DRAW, free="call")
+    output: str = setting("", "a file or folder; none: in --out", modes=DRAW, free="call")
+    samples: int | None = setting(None, "per layout: nine; transfer, edit 3; evaluate 100, Sec. 4.3"
+                                  "; frames: 8; video 17", POSITIVE, modes=TESTS, free="call")
+    item: str = setting("", "a layout's name; none: the first", modes=ONE, free="call")
+    ends: tuple[int, int] | None = setting(None, "two samples' numbers; none: darkest, brightest",
+                                           POSITIVE, modes=ONE[:1], free="call")
     set: tuple[str, ...] = setting((), "changes in turn, Fig. 7: CLASS=CLASS, or a rectangle's "
-                                   "TOP,LEFT,BOTTOM,RIGHT=CLASS", action="extend", metavar="CHANGE")
+                                   "TOP,LEFT,BOTTOM,RIGHT=CLASS", modes=ONE[1:], free="call")
+    # No flag: as what the training data were understood, by common.Dataset.
+    understood: dict = field(default_factory=dict)
 
     def __post_init__(self):
         check_settings(self)
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise UserError(f"--layers {' '.join(self.layers)}: one or more, each named once")
-        if self.renew_encoder and not (
-                self.lr_drop and self.encoder_width and self.model == "imle"):
-            raise UserError("--renew-encoder: happens at --lr-drop, and needs imle's noise encoder")
-        if self.model == "imle" and not self.inner_steps:
-            raise UserError("--inner-steps 0: each photo once is crn's epoch; imle needs K >= 1")
 
 
 # Sec. 4.2, and the columns of the releases. In CRN's release an epoch on GTA-5 has 3001 of the
-# 12403 photos, and lambda is measured at epoch 100: the means of the terms in the epoch before.
+# 12403 photos.
 PRESETS = {
     "imle": dict(),                                          # Sec. 4.2, as printed
-    "imle-released": dict(lr=1e-4, lr_drop=6, renew_encoder=True),
-    "crn-gta": dict(model="crn", lr=1e-4, epochs=400, inner_steps=3001, calibrate=100),
-    "crn-cityscapes": dict(model="crn", lr=1e-4, epochs=200, inner_steps=0, calibrate=100),
+    "imle-released": dict(released=True, lr=1e-4, lr_drop=6),
+    "crn-gta": dict(model="crn", released=True, lr=1e-4, epochs=400, inner_steps=3001),
+    "crn-cityscapes": dict(model="crn", released=True, lr=1e-4, epochs=200, inner_steps=0),
     # Ours, for the streets on a laptop's CPU. The deep layers of a narrow, random VGG: its shallow
     # ones ask for a blur. They see edges alone (see build), so the pixels, which see colour, count
     # twice. One vector of noise per image: twenty candidates sample 8 numbers better than the
     # 4 x 4 x 8 that M0 would get. No rebalancing: the streets have few distinct colours, so the
     # densities of some are very large and the masks become extreme (notebook 3 shows how much).
     "toy": dict(size=(64, 64), width=48, noise_channels=8, noise="broadcast", encoder_width=32,
-                layers=VGG_LAYERS[2:], vgg_width=16, pixel_weight=2.0, epochs=8, candidates=20,
-                pool=60, inner_steps=800, lr=2e-3, lr_drop=6, keep_features=400, vgg="random",
-                rebalance="none"),
+                layers=VGG_LAYERS[2:], pixel_weight=2.0, vgg="random", rebalance="none", epochs=8,
+                pool=60, candidates=20, inner_steps=800, lr=2e-3, lr_drop=6),
 }
 # Ours, too: the same for an hour, on wider images, and searches among three times as many
 # candidates, so that a photo finds its palette, too.
@@ -236,7 +243,7 @@ PRESETS["streets"] = PRESETS["toy"] | dict(
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    return Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | given)
+    return Config(**{"preset": preset} | find_preset(PRESETS, "--preset", preset) | given)
 
 
 def fit_modules(cfg: Config) -> Config:
@@ -244,29 +251,46 @@ def fit_modules(cfg: Config) -> Config:
 
     M_0 then works at 4 x 8 for the paper's 256 x 512 (7 modules), 512 x 1024 (8), 1024 x 2048 (9).
     """
-    h, w = cfg.size
-    k = cfg.modules - 1 if cfg.modules else min(8, int(math.log2(max(min(h, w) / 4, 1))))
-    check_sides("--size", cfg.size, 2 ** max(k, 3 if min(h, w) < 32 else 0), 32,
-                f"the modules halve each side {k} times")
-    return replace(cfg, modules=k + 1)
+    halvings = min(8, int(math.log2(max(min(cfg.size), 32) / 4)))
+    return replace(cfg, modules=cfg.modules or halvings + 1)
 
 
 # ------------------------------------------------------------------------------- 2 Networks
 
+class LayerNorm(nn.GroupNorm):
+    """Mean and variance over C, H and W together, gain and shift per channel: (B, C, H, W) to the
+    same shape. It normalises each image by itself, so that an image does not depend on the others
+    of its batch, and the candidates of a search may share one.
+
+    That is GroupNorm with one group. But PyTorch's leaves an image's group to one of a GPU's many
+    processors: 27 ms where the formula needs 2 (H200, forward and backward).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        x = x.float()                           # bf16 would round the mean
+        variance, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
+        gain = self.weight.view(-1, 1, 1) * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias.view(-1, 1, 1) - mean * gain, x, gain)
+
+
+def convolution(c_in: int, c_out: int) -> list[nn.Module]:
+    """3x3, then the norm, which has the bias, then LeakyReLU: (B, c_in, H, W) -> (B, c_out, H, W).
+    """
+    return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), LayerNorm(1, c_out),
+            nn.LeakyReLU(0.2)]
+
+
 class RefinementModule(nn.Module):
     """M_i: twice 3x3 convolution, layer norm, LeakyReLU(0.2), at one resolution (Sec. 3.3.1).
 
-    (B, c_in, H, W) -> (B, c_out, H, W). Layer norm: mean and variance over C, H and W together,
-    gain and shift per channel; that is GroupNorm with one group. It normalises each image by
-    itself, so an image does not depend on the others of its batch, and the candidates of a search
-    may share one.
+    (B, c_in, H, W) -> (B, c_out, H, W).
     """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.layers = nn.Sequential(*[layer for c in (c_in, c_out) for layer in (
-            nn.Conv2d(c, c_out, 3, padding=1, bias=False),  # the norm has the bias
-            GroupNorm(1, c_out), nn.LeakyReLU(0.2))])
+        self.layers = nn.Sequential(*convolution(c_in, c_out), *convolution(c_out, c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -282,22 +306,22 @@ class NoiseEncoder(nn.Module):
 
     def __init__(self, classes: int, noise_channels: int, width: int = 100):
         super().__init__()
-        layers = []
-        for c_in in (classes + noise_channels, width):
-            layers += [nn.Conv2d(c_in, width, 3, padding=1, bias=False), GroupNorm(1, width),
-                       nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, noise_channels, 1))
+        self.layers = nn.Sequential(
+            *convolution(classes + noise_channels, width), *convolution(width, width),
+            nn.Conv2d(width, noise_channels, 1))
         self.reset()
 
     def reset(self) -> None:
-        """Released code: all weights from a normal of deviation 0.15, cut at two deviations."""
-        for module in self.layers:
-            if isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, 0.0, 0.15, -0.3, 0.3)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, GroupNorm):
-                module.reset_parameters()
+        """Released code: all weights from a normal of deviation 0.15, cut at two deviations.
+
+        It gives no reason. The norms make the first two convolutions' scale irrelevant; the last
+        adds 100 channels, so that z_hat begins with a deviation of about 1, as z has.
+        """
+        for layer in self.layers[::3]:
+            nn.init.trunc_normal_(layer.weight, 0.0, 0.15, -0.3, 0.3)
+        for norm in self.layers[1::3]:
+            norm.reset_parameters()
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, label: Tensor, noise: Tensor) -> Tensor:
         return self.layers(torch.cat([label, noise], 1))
@@ -319,31 +343,33 @@ class Generator(nn.Module):
                  noise_channels: int = 0, encoder_width: int = 100):
         super().__init__()
         self.outputs, self.multiple = outputs, 2 ** (modules - 1)
-        self.noise_channels = noise_channels
+        self.encoder = None
+        if noise_channels and encoder_width:
+            self.encoder = NoiseEncoder(classes, noise_channels, encoder_width)
+        self.refine, c = nn.ModuleList(), 0                      # c: channels of F_(i-1)
         shares = (1, 1, 1, 1, 1, 1 / 2, 1 / 2, 1 / 8, 1 / 32)    # 1024 512 128 32  (Sec. 3.3.1)
-        widths = [max(1, round(width * share)) for share in shares[:modules]]
-        self.encoder = NoiseEncoder(classes, noise_channels, encoder_width) \
-            if noise_channels and encoder_width else None
-        self.refine = nn.ModuleList(RefinementModule(before + classes + noise_channels, c)
-                                    for before, c in zip([0, *widths], widths))
-        self.head = nn.Conv2d(widths[-1], 3 * outputs, 1)
-        for module in (*self.refine.modules(), self.head):       # the encoder has its own
+        for share in shares[:modules]:
+            c_out = max(1, round(width * share))
+            self.refine.append(RefinementModule(c + classes + noise_channels, c_out))
+            c = c_out
+        self.head = nn.Conv2d(c, 3 * outputs, 1)
+        for module in (*self.refine.modules(), self.head):       # the encoder has its own start
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, label: Tensor, noise: Tensor | None = None) -> Tensor:
-        labels = label_pyramid(label, len(self.refine))
-        noises = [None] * len(labels)
+        n = len(self.refine)
+        if self.encoder is not None:
+            noise = self.encoder(label, noise)                   # z_hat, at full size
+        inputs = label_pyramid(label, n)                         # the finest first
         if noise is not None:
-            noises = noise_pyramid(noise if self.encoder is None else self.encoder(label, noise),
-                                   len(self.refine))
-        x = None                                                 # F_i, the features of module i
-        for module, *inputs in zip(self.refine, labels[::-1], noises[::-1]):     # from coarse
-            if x is not None:                                    # to (B, C_i, 2 h_i, 2 w_i)
-                inputs = [F.interpolate(x, inputs[0].shape[-2:], mode="bilinear",
-                                        align_corners=True), *inputs]
-            x = module(torch.cat([value for value in inputs if value is not None], 1))
+            inputs = [torch.cat(both, 1) for both in zip(inputs, noise_pyramid(noise, n))]
+        x = self.refine[0](inputs[-1])                           # F_0 (B, C_0, h_0, w_0)
+        for i in range(1, n):
+            beside = inputs[n - 1 - i]
+            x = F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True)
+            x = self.refine[i](torch.cat([x, beside], 1))        # F_i, twice as large
         x = self.head(x)                                         # (B, 3k, H, W)
         # Released code: all reds come first; output u is channels u, k + u and 2k + u.
         return x.unflatten(1, (3, self.outputs)).transpose(1, 2)
@@ -355,10 +381,7 @@ def label_pyramid(label: Tensor, n: int) -> list[Tensor]:
     A pixel of a coarse map holds the shares of the classes in its area, which sum to 1.
     Paper: bilinear. At one half that is the same mean of 2 x 2 pixels.
     """
-    labels = [label]
-    while len(labels) < n:
-        labels.append(F.avg_pool2d(labels[-1], 2))
-    return labels
+    return [F.avg_pool2d(label, 2 ** i) for i in range(n)]
 
 
 def noise_pyramid(noise: Tensor, n: int) -> list[Tensor]:
@@ -392,9 +415,11 @@ def layer_terms(real: list[Tensor], fake: list[Tensor], mask: Tensor) -> Tensor:
     ||M_l o [Phi_l(I) - Phi_l(I~)]||_1 per layer, M (B, H, W) shrunk to the layer's size by area.
     Paper: a sum. Released code: a mean over all elements, as here; lambda belongs to it.
     """
-    return torch.stack([
-        (F.interpolate(mask[:, None], error.shape[-2:], mode="area")[:, 0] * error).mean((1, 2))
-        for error in layer_errors(real, fake)], 1)
+    terms = []
+    for error in layer_errors(real, fake):
+        M = F.interpolate(mask[:, None], error.shape[-2:], mode="area")         # (B, 1, h_l, w_l)
+        terms.append((M[:, 0] * error).mean((1, 2)))
+    return torch.stack(terms, 1)
 
 
 def distance(real: list[Tensor], fake: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
@@ -425,16 +450,14 @@ def diversity_loss(real: list[Tensor], fake: list[Tensor], label: Tensor, weight
     return (0.999 * parts.amin(1) + 0.001 * parts.mean(1)).sum(1).mean()
 
 
-RELEASED_WEIGHTS = {"conv1_2": 1 / 1.4, "conv2_2": 1 / 1.8, "conv3_2": 1 / 1.3, "conv4_2": 1 / 2.2,
-                    "conv5_2": 10 / 0.62}       # beside 1 for pixels of 0..255, for Caffe's VGG-19
-
-
 def balanced_weights(means: Tensor, pixel_weight: float) -> Tensor:
     """lambda "such that the loss of each layer makes the same contribution" (Sec. 3.3.1).
 
     means (1 + layers,): the terms' averages (or sums) over an epoch. The pixel term keeps its
     weight, and the others get lambda_l = mean_0 / mean_l, so that each contributes what a pixel
     term of weight 1 does. Adam divides each gradient by its own size, so only ratios matter.
+    Released code: 1, 1 / 1.4, 1 / 1.8, 1 / 1.3, 1 / 2.2 and 10 / 0.62, for pixels of 0..255 and
+    Caffe's VGG-19.
     """
     weights = means[0] / means.clamp(min=1e-12)
     weights[0] = pixel_weight
@@ -443,137 +466,18 @@ def balanced_weights(means: Tensor, pixel_weight: float) -> Tensor:
 
 # ------------------------------------------------------------------------------- 4 Training
 
-class Balance(nn.Module):
-    """lambda_l of Eq. (1), the pixel term's first, and the sums that it is measured from.
-
-    Both are buffers, so that a checkpoint holds them. Until it is measured, lambda is 1. It is
-    measured once and then stays: a lambda that followed the terms would let the generator lower
-    its loss by making one term large.
-    """
-
-    def __init__(self, terms: int, pixel_weight: float):
-        super().__init__()
-        self.register_buffer("weights", torch.ones(terms))
-        self.register_buffer("sums", torch.zeros(terms))           # of the terms in this epoch
-        self.register_buffer("measured", torch.tensor(False))
-        self.weights[0] = pixel_weight
-
-    def add(self, terms: Tensor) -> None:
-        if dist.is_initialized():               # all processes, and the checkpoint, hold one sum
-            dist.all_reduce(terms := terms.clone())
-        self.sums += terms
-
-    def measure(self) -> None:
-        self.weights[:] = balanced_weights(self.sums, self.weights[0].item())
-        self.measured.fill_(True)
+def dataset(cfg: Config, split: str) -> common.Dataset:
+    """Label maps and photos, without crops or flips: neither paper augments its data."""
+    return common.Dataset(cfg.data, split, cfg.size, classes=cfg.classes, limit=cfg.limit,
+                          seed=cfg.seed, instances=False, understood=cfg.understood)
 
 
-class Photos(nn.Module):
-    """What training knows of its N photos: their rarity (Sec. 3.4), S, and what each of S found.
-
-    These are buffers, so that a checkpoint holds them. The features Phi(I) of a photo never change,
-    neither between candidates nor between epochs: those of the first --keep-features photos that
-    are met stay in memory, in no checkpoint.
-    """
-
-    def __init__(self, n: int, cfg: Config):
-        super().__init__()
-        c = channels(cfg)
-        self.register_buffer("rarity", torch.zeros(n, c, dtype=torch.float64))       # R_p(k)
-        self.register_buffer("areas", torch.zeros(c, dtype=torch.float64))           # pixels of p
-        # A row per slot of S: the number of a photo, and the seed of z_sigma(i); -1: not searched.
-        self.register_buffer("chosen", torch.full((cfg.pool, 2), -1))
-        self.features: dict[int, list[Tensor]] = {}
-
-    def load_state_dict(self, stored: dict) -> None:
-        """As for any module; other numbers of photos get a message that says what to do."""
-        before, now = len(stored["rarity"]), len(self.rarity)
-        if before != now:
-            raise UserError(f"this run began with {before} photos, now there are {now}: rarity and "
-                            "S are no longer right; restore the data, or start anew with --init")
-        super().load_state_dict(stored)
-
-
-@dataclass
-class State:
-    """All that training changes; a checkpoint holds it, the place in the data and the log."""
-    generator: nn.Module
-    vgg: nn.Module                              # frozen; its state_dict is empty
-    opt_g: torch.optim.Optimizer
-    balance: Balance
-    photos: Photos | None = None                # of training; None where only testing
-    start: dict | None = None                   # G as the epoch began, while S is searched in part
-
-
-def networks(cfg: Config) -> tuple[Generator]:
-    """The generator: k outputs and no noise for crn, one output and noise for imle. A tuple, as in
-    the scripts that have several networks."""
-    cfg, imle = fit_modules(cfg), cfg.model == "imle"
-    return (Generator(channels(cfg), 1 if imle else cfg.outputs, cfg.width, cfg.modules,
-                      cfg.noise_channels if imle else 0, cfg.encoder_width),)
-
-
-def build(cfg: Config, device: torch.device) -> State:
-    """Alg. 1, line 1: networks and optimiser; precision, compilation and distribution go around
-    the networks."""
-    torch.manual_seed(cfg.seed)
-    generator = dress(networks(cfg)[0], cfg, device)
-    vgg = common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True, width=cfg.vgg_width)
-    if cfg.vgg == "random":
-        # Ours. Random filters answer to brightness above all, by which a blur is nearer to the
-        # photo than a sharp picture whose windows stand elsewhere. Trained ones answer to edges;
-        # so do these, once each sums to 0 and is the same for red, green and blue; the root of 3
-        # gives back the scale that a mean of three takes. Colour is left to the pixel term.
-        first = vgg.trunk[0].weight.data
-        first[:] = (first - first.mean((2, 3), keepdim=True)).mean(1, keepdim=True) * 3 ** .5
-    vgg = dress(vgg, cfg, device)
-    adam = torch.optim.Adam(generator.parameters(), cfg.lr, fused=True)
-    adam.register_step_pre_hook(average_gradients)
-    balance = Balance(1 + len(cfg.layers), cfg.pixel_weight).to(device)
-    state = State(generator, vgg, adam, balance)
-    if cfg.init:
-        start_from(state, cfg)
-    return state
-
-
-def start_from(state: State, cfg: Config) -> None:
-    """--init: weights of a run of ours, and its lambda where that fits.
-
-    The paper compares both models under one distance, and the release uses a CRN's lambda
-    throughout. So a lambda that was measured is kept: measured anew it would balance the masked
-    terms instead, and the first epoch would have none.
-    """
-    stored, where = read(*cfg.init), " ".join(cfg.init)
-    theirs, net, old = stored["generator"], state.generator, stored.get("config", {})
-    if net.noise_channels and not any(name.startswith("encoder.") for name in theirs) and (
-            old.get("model") == "crn"):
-        theirs = warm_start(net.state_dict(), theirs, net.noise_channels, cfg.noise_gain)
-    common.fill(net, theirs, f"{where}: generator")
-    lambdas, same = stored.get("balance") or {}, (cfg.layers, cfg.pixel_weight)
-    if lambdas.get("measured") and (old.get("layers"), old.get("pixel_weight")) == same:
-        common.fill(state.balance, lambdas, f"{where}: balance")
-        state.balance.sums.zero_()
-    else:
-        notice(f"{where}: ended before its --calibrate, or has other --layers or --pixel-weight: "
-               "lambda is measured anew")
-
-
-def warm_start(own: dict, crn: dict, d: int, gain: float) -> dict:
-    """A CRN's weights for a generator with d noise channels, as the released code starts.
-
-    Its output 0 becomes the only one. The noise channels come last in the first convolution of each
-    module; their weights are normal with `gain` times the RMS of CRN's, so that noise matters from
-    the first step: among m equal candidates there would be no nearest one.
-    """
-    weights = {k: v for k, v in own.items() if k.startswith("encoder.")}     # keeps its start
-    for name, value in crn.items():
-        if name.startswith("head."):                           # all k reds, greens, blues
-            value = value[:: max(1, len(value) // 3)]
-        elif name.endswith("layers.0.weight"):
-            more = torch.randn(len(value), d, *value.shape[2:]) * value.square().mean().sqrt()
-            value = torch.cat([value, gain * more], 1)
-        weights[name] = value
-    return weights
+def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
+    """Both splits, and the config with what the data turned out to be: its classes."""
+    train_set = dataset(cfg, "train").require("label").require("image")
+    cfg = replace(fit_modules(cfg), classes=train_set.classes, understood=train_set.understood)
+    check_sides("--size", cfg.size, 2 ** (cfg.modules - 1), 32, "the modules halve each side")
+    return cfg, train_set, dataset(cfg, "test")
 
 
 def class_names(cfg: Config) -> list[str]:
@@ -583,10 +487,6 @@ def class_names(cfg: Config) -> list[str]:
     if table.scored:
         return [table.names[k] for k in table.scored] + ["other"]
     return [*table.names, "unknown"][:table.channels]
-
-
-def channels(cfg: Config) -> int:
-    return len(class_names(cfg))
 
 
 def layout_of(label: Tensor, cfg: Config) -> Tensor:
@@ -599,20 +499,136 @@ def layout_of(label: Tensor, cfg: Config) -> Tensor:
     return ids[label]
 
 
-def make_pair(batch: dict, cfg: Config) -> dict:
-    """A batch of common.Dataset with what train_step needs, where it is not there yet:
+class Balance(nn.Module):
+    """lambda_l of Eq. (1), the pixel term's first, and the sums that it is measured from.
 
-    "layout" (B, H, W) ids of class_names, "input" (B, c, H, W) one-hot, "mask" (B, H, W) ones,
-    and for imle "noise" (B, d, H, W): by the seeds of Batches, else fresh.
+    They are buffers: on the generator's device, and part of a checkpoint. Until it is measured,
+    lambda is 1. It is measured once and then stays: a lambda that followed the terms would let the
+    generator lower its loss by making one term large.
+    """
+
+    def __init__(self, layers: int, pixel_weight: float):
+        super().__init__()
+        self.register_buffer("weights", torch.tensor([pixel_weight] + [1.0] * layers))
+        self.register_buffer("sums", torch.zeros(1 + layers))      # of the terms in this epoch
+        self.register_buffer("measured", torch.tensor(False))
+
+    def add(self, terms: Tensor) -> None:
+        if dist.is_initialized():               # all processes, and the checkpoint, hold one sum
+            dist.all_reduce(terms := terms.clone())
+        self.sums += terms
+
+
+class Photos(nn.Module):
+    """What training knows of its n photos: their rarity (Sec. 3.4), S, and what each of S found.
+
+    They are buffers, as those of Balance are; but these stay on the CPU.
+    """
+
+    def __init__(self, n: int, cfg: Config):
+        super().__init__()
+        c = len(class_names(cfg))
+        self.register_buffer("rarity", torch.zeros(n, c, dtype=torch.float64))       # R_p(k)
+        self.register_buffer("areas", torch.zeros(c, dtype=torch.float64))           # pixels of p
+        # A row per member of S: the number of a photo, and the seed of its z_sigma(i).
+        self.register_buffer("chosen", torch.full((cfg.pool, 2), -1))
+
+
+@dataclass
+class State:
+    """All that training changes; a checkpoint holds it, the place in the data and the log."""
+    generator: nn.Module
+    vgg: nn.Module                              # frozen; its state_dict is empty
+    opt_g: torch.optim.Optimizer
+    balance: Balance
+    photos: Photos | None = None                # of training; None where only testing
+
+
+def build(cfg: Config, device: torch.device) -> State:
+    """Alg. 1, line 1: networks and optimiser; precision, compilation and distribution go around
+    the networks."""
+    torch.manual_seed(cfg.seed)
+    cfg = fit_modules(cfg)
+    k, d = (1, cfg.noise_channels) if cfg.model == "imle" else (cfg.outputs, 0)
+    net = Generator(len(class_names(cfg)), k, cfg.width, cfg.modules, d, cfg.encoder_width)
+    generator = prepare(net, cfg, device)
+    vgg = common.VGGFeatures(cfg.layers, 19, cfg.vgg, average_pool=True, width=16)
+    if cfg.vgg == "random":
+        # Ours. Random filters answer to brightness above all, by which a blur is nearer to the
+        # photo than a sharp picture whose windows stand elsewhere. Trained ones answer to edges;
+        # so do these, once each sums to 0 and is the same for red, green and blue; the root of 3
+        # gives back the scale that a mean of three takes. Colour is left to the pixel term.
+        first = vgg.trunk[0].weight.data
+        first[:] = (first - first.mean((2, 3), keepdim=True)).mean(1, keepdim=True) * 3 ** .5
+    vgg = prepare(vgg, cfg, device)
+    adam = torch.optim.Adam(generator.parameters(), cfg.lr, fused=True)
+    adam.register_step_pre_hook(average_gradients)
+    state = State(generator, vgg, adam, Balance(len(cfg.layers), cfg.pixel_weight).to(device))
+    if cfg.init:
+        start_from(state, cfg)
+    return state
+
+
+def start_from(state: State, cfg: Config) -> None:
+    """--init: weights of a run of ours, and its lambda where that fits.
+
+    The paper compares both models under one distance, and the release uses a CRN's lambda
+    throughout. So a lambda that was measured is kept: measured anew it would balance the masked
+    terms instead, and the first epoch would have none.
+    """
+    stored, source = read_weights(*cfg.init), " ".join(cfg.init)
+    trained, balance = stored["config"], stored.get("balance")
+    if cfg.model == "imle" and trained["model"] == "crn":
+        stored["generator"] = warm_start(state.generator.state_dict(), stored["generator"])
+    load(state, stored, source)
+    same = all(trained[name] == getattr(cfg, name) for name in ("layers", "pixel_weight"))
+    if same and balance and balance["measured"]:
+        state.balance.load_state_dict(balance | {"sums": state.balance.sums})
+    else:
+        notice(f"{source}: its lambda is not measured, or of other terms: it is measured anew")
+
+
+def warm_start(own: dict, crn: dict, gain: float = 5.0) -> dict:
+    """A CRN's weights for a generator with noise channels, as the released code starts.
+
+    Its output 0 becomes the only one. The noise channels come last in the first convolution of each
+    module; their weights are normal with `gain` times the RMS of CRN's, so that noise matters from
+    the first step: among m equal candidates there would be no nearest one.
+    """
+    weights = {k: v for k, v in own.items() if k.startswith("encoder.")}     # keeps its start
+    for name, value in crn.items():
+        if name.startswith("head."):                           # all k reds, greens, blues
+            value = value[::len(value) // 3]
+        elif name.endswith("layers.0.weight"):
+            more = torch.randn(len(value), own[name].shape[1] - value.shape[1], *value.shape[2:])
+            value = torch.cat([value, gain * (more * value.square().mean().sqrt())], 1)
+        weights[name] = value
+    return weights
+
+
+def make_pair(batch: dict, cfg: Config, photos: Photos | None = None) -> dict:
+    """A batch of common.Dataset with what train_step needs: "layout" (B, H, W), ids of class_names,
+    "input" (B, c, H, W), one-hot, "mask" (B, H, W), and for imle "noise" (B, d, H, W).
+
+    Batches gives the numbers of the photos, which lead to their masks (Sec. 3.4), and the seeds of
+    z. Without, masks are 1, and noise is fresh.
     """
     layout = layout_of(batch["label"], cfg)
-    label = F.one_hot(layout, channels(cfg)).movedim(-1, 1).float().contiguous()
-    more = {"layout": layout, "input": label, "mask": torch.ones_like(label[:, 0])}
-    if cfg.model == "imle" and "noise" not in batch:
-        drawn = batch.get("drawn") or zip(layout, torch.randint(2 ** 62, (len(layout),)).tolist())
-        more["noise"] = torch.stack([draw_noise(seed, cfg, layout.shape[1:], layout.device)
-                                     for _, seed in drawn])
-    return more | batch
+    label = F.one_hot(layout, len(class_names(cfg))).movedim(-1, 1).float().contiguous()
+    pair = batch | {"layout": layout, "input": label, "mask": torch.ones_like(label[:, 0])}
+    if cfg.model == "imle":
+        seeds = batch.get("seeds", torch.randint(2 ** 62, (len(layout),)).tolist())
+        pair["noise"] = torch.stack([draw_noise(seed, cfg, layout.shape[1:], layout.device)
+                                     for seed in seeds])
+        if "numbers" in batch and cfg.rebalance in ("both", "mask"):
+            pair["mask"] = paint_masks(layout, photos.rarity[batch["numbers"]])
+    return pair
+
+
+def test_pair(item: dict, state: State | None, cfg: Config) -> dict:
+    """One item of a dataset as a batch of one where G is, made a pair."""
+    device = state.balance.weights.device if state else torch.device("cpu")
+    return make_pair(common.batch_of_one(item, device), cfg, state.photos if state else None)
 
 
 def draw_noise(seed: int, cfg: Config, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -627,37 +643,37 @@ def draw_noise(seed: int, cfg: Config, size: tuple[int, int], device: torch.devi
     return noise.expand(-1, *size)
 
 
+def mixed(*numbers: int) -> int:
+    """One seed from several numbers, such as seed and epoch: a change of any of them gives another
+    (a sum would give seed 0's epoch 1 what seed 1's epoch 0 has). Python hashes integers in the
+    same way in every process, so that --resume finds the same S, order and noise again."""
+    return hash(numbers) % 2 ** 62
+
+
 # Rebalancing (Sec. 3.4). A network that is trained on many grey streets and few snowy ones sees
 # few snowy ones. So images of rare appearance are drawn into S more often (bins), and in each image
 # the objects of rare appearance weigh more (mask). What is rare is measured once for the data set:
 # the mean colour of each class in each image is a point in RGB, and rare is where the density of
 # these points is low.
 
-def survey(train_set: common.Dataset, cfg: Config, device: torch.device,
-           run: "Run | None" = None) -> tuple[Tensor, Tensor]:
+def survey(train_set: common.Dataset, cfg: Config) -> tuple[Tensor, Tensor]:
     """C_k(p), the mean colour of class p in image k: (N, c, 3) on 0..255; and areas (c,).
 
-    NaN where p does not occur in k. A blank image counts as empty: few images have its colour, so
-    its rarity score would be the largest of all.
+    NaN, which is 0 / 0, where p does not occur in k. A blank image counts as empty: few images have
+    its colour, so its rarity score would be the largest of all.
     """
-    c = channels(cfg)
+    c = len(class_names(cfg))
     colours = torch.full((len(train_set), c, 3), torch.nan, dtype=torch.float64)
     areas = torch.zeros(c, dtype=torch.float64)
-    # Once through the photos in their order, read by the data processes where there are some.
-    loader = common.Loader(train_set, 1, cfg.workers, device)
-    loader.indices[:] = [(0, k) for k in range(len(train_set))]
-    for k, item in enumerate(tqdm(loader.read(), "survey", len(train_set), unit="image",
-                                  disable=None)):
-        if run and run.asked:
-            break
+    for k in tqdm(range(len(train_set)), "survey", disable=None):
+        item = train_set[k]
         layout = layout_of(item["label"], cfg).flatten()
-        image = (item["image"][0].double().flatten(1).T + 1) * 127.5                 # (H * W, 3)
+        image = (item["image"].double().flatten(1).T + 1) * 127.5                    # (H * W, 3)
         if image.std(0).max() == 0:
-            notice(f"{item['name'][0]}: a blank image; it is never drawn")
-            continue
+            continue                            # a blank image
         area = torch.bincount(layout, minlength=c)
         sums = torch.zeros(c, 3, dtype=torch.float64).index_add_(0, layout, image)
-        colours[k] = torch.where(area[:, None] > 0, sums / area[:, None], torch.nan)
+        colours[k] = sums / area[:, None]
         areas += area
     return colours, areas
 
@@ -690,8 +706,8 @@ def rarity_scores(colours: Tensor) -> Tensor:
     for p in (there.sum(0) >= 10).nonzero()[:, 0]:
         scores[there[:, p], p] = torch.exp(-gaussian_kde(colours[there[:, p], p]))
     lowest = scores.amin(1, keepdim=True)
-    scores = torch.where(scores.isinf(), torch.where(lowest.isinf(), 1.0, lowest), scores)
-    return torch.where(there, scores, 0.0)
+    lowest = torch.where(lowest.isinf(), 1.0, lowest)           # of an image without any score
+    return torch.where(there, torch.where(scores.isinf(), lowest, scores), 0.0)
 
 
 def largest_classes(rarity: Tensor, areas: Tensor) -> Tensor:
@@ -701,21 +717,21 @@ def largest_classes(rarity: Tensor, areas: Tensor) -> Tensor:
 
 
 def populate(rarity: Tensor, areas: Tensor, cfg: Config, epoch: int) -> Tensor:
-    """Alg. 1, line 3: S, |S| numbers of photos (Sec. 3.4).
+    """Alg. 1, line 3: S, |S| numbers of photos (Sec. 3.4), drawn with replacement.
 
-    A fifth of the slots goes to each of the five largest classes, and within it P(k) is
-    proportional to R_q(k). Without bins all images are equal.
+    A fifth of S goes to each of the five largest classes, and within it P(k) is proportional to
+    R_q(k). Without bins all images are equal.
     """
-    generator = torch.Generator().manual_seed(hash((cfg.seed, epoch, 0)) % 2 ** 62)
+    generator = torch.Generator().manual_seed(mixed(cfg.seed, epoch, 0))
     weights = (rarity.sum(1, keepdim=True) > 0).double()                             # (N, 1)
     if cfg.rebalance in ("both", "bins"):
         weights = rarity[:, largest_classes(rarity, areas)]                          # (N, 5)
-    cdf = (weights / weights.sum(0)).cumsum(0)
+    cdf = (weights / weights.sum(0)).cumsum(0).T.contiguous()                        # (5, N)
     draws = torch.rand(cfg.pool, dtype=torch.float64, generator=generator)
-    slots = torch.arange(cfg.pool) % weights.shape[1]
-    index = torch.stack([torch.searchsorted(cdf[:, q].contiguous(), u, right=True)
-                         for q, u in zip(slots, draws)])
-    return index.clamp(max=len(rarity) - 1)
+    S = torch.zeros(cfg.pool, dtype=torch.int64)
+    for q, sums in enumerate(cdf):                              # members q, q + 5, q + 10, ...
+        S[q::len(cdf)] = torch.searchsorted(sums, draws[q::len(cdf)].contiguous(), right=True)
+    return S.clamp(max=len(rarity) - 1)                         # the last sum may round below 1
 
 
 def paint_masks(layout: Tensor, scores: Tensor) -> Tensor:
@@ -724,150 +740,79 @@ def paint_masks(layout: Tensor, scores: Tensor) -> Tensor:
     return scores.gather(1, layout.flatten(1)).view(layout.shape)
 
 
-@torch.no_grad()
-def recall(pair: dict, state: State, cfg: Config) -> dict:
-    """The pair with what is known of its training photos: masks (Sec. 3.4), and features.
+SEARCH_BATCH = 5                                # candidates rendered at once: memory, not results
 
-    It is what a batch of training has beyond make_pair's. Without it the masks are 1, and
-    train_step computes the features itself.
+
+@torch.no_grad()
+def search(state: State, train_set: common.Dataset, cfg: Config, epoch: int) -> Tensor:
+    """Alg. 1, lines 4 to 7: every photo of S looks for its nearest sample.
+
+    state.photos.chosen gets the seeds of z_sigma(i). No image is kept: the update renders it anew,
+    with the theta that it has by then. Returns the distances (|S|, m).
+
+    Each member of S has its own candidates, new ones in each epoch: a photo that is in S twice has
+    two searches.
     """
-    numbers, kept = [k for k, _ in pair["drawn"]], state.photos.features
-    if cfg.model == "imle" and cfg.rebalance in ("both", "mask"):
-        pair = pair | {"mask": paint_masks(pair["layout"], state.photos.rarity[numbers])}
-    if not cfg.keep_features:
-        return pair
-    real = [kept.get(k) or features(state.vgg, image[None])
-            for k, image in zip(numbers, pair["image"])]            # a list of layers per photo
-    for k, found in zip(numbers, real):
-        if len(kept) < cfg.keep_features:
-            kept[k] = found
-    return pair | {"real": real}
-
-
-@torch.no_grad()
-def real_features(pair: dict, state: State) -> list[Tensor]:
-    """Phi(I) of a batch, computed here unless it is known."""
-    if "real" in pair:
-        return [torch.cat(layer) for layer in zip(*pair["real"])]
-    return features(state.vgg, pair["image"])
-
-
-@torch.no_grad()
-def search(state: State, train_set: common.Dataset, cfg: Config, epoch: int,
-           slots: list[int] | None = None, run: "Run | None" = None) -> Tensor:
-    """Alg. 1, lines 4 to 7: the photos in these slots of S (none given: all) look for their nearest
-    samples. state.photos.chosen gets the seeds of z_sigma(i).
-
-    No image is kept, for the update renders it anew, with the theta that it has by then. Candidates
-    share a batch, since layer norm treats each alone; the photo's features are computed once for
-    all of them. Returns the distances (|S|, m), NaN where nothing was searched.
-    """
-    device, (rank, world) = state.balance.weights.device, common.place()
-    slots, chosen = list(range(cfg.pool)) if slots is None else slots, state.photos.chosen
-    found = torch.zeros(cfg.pool, cfg.candidates, dtype=torch.float64)       # 0: not searched
-    # Whoever is told to stop leaves between two batches of candidates, and all processes together
-    # before the next photo. On a CPU a large candidate takes seconds, and batches are no faster.
-    large = math.prod(cfg.size) * cfg.width > 2 ** 21 and device.type == "cpu"
-    at_once = 1 if large else cfg.search_batch
-    rounds = tqdm(range(0, len(slots), world), desc="search", unit=f"{world} image", leave=False,
-                  disable=None if rank == 0 else True)
-    for first in rounds:                        # line 4: each process searches its share of S
-        if run and run.stopped(now=True):
-            break
-        for i in slots[first + rank:first + world:world]:
-            k = int(chosen[i, 0])
-            pair = test_pair(train_set[k] | {"drawn": [(k, 0)]}, state, cfg)
-            pair = recall(pair, state, cfg)
-            real, seeds = real_features(pair, state), candidate_seeds(cfg, epoch, i)
-            for j in range(0, cfg.candidates, at_once):
-                if run and run.asked:
-                    break
-                z = torch.stack([draw_noise(s, cfg, pair["layout"].shape[1:], device)
-                                 for s in seeds[j:j + at_once]])              # line 5
-                L = pair["input"].expand(len(z), -1, -1, -1)
-                fake = features(state.vgg, state.generator(L, z)[:, 0])                # line 6
-                found[i, j:j + len(z)] = distance(real, fake, pair["mask"],
-                                                  state.balance.weights).cpu()
+    chosen, (rank, world) = state.photos.chosen, common.rank_and_world()
+    found = torch.zeros(cfg.pool, cfg.candidates, dtype=torch.float64)
+    for i in tqdm(range(rank, cfg.pool, world), "search", leave=False, disable=rank > 0 or None):
+        k = int(chosen[i, 0])                                                         # line 4
+        pair = test_pair(train_set[k] | {"numbers": [k]}, state, cfg)
+        real = features(state.vgg, pair["image"])
+        for j in range(0, cfg.candidates, SEARCH_BATCH):
+            z = torch.stack([draw_noise(mixed(cfg.seed, epoch, i, n), cfg, cfg.size, real[0].device)
+                             for n in range(j, min(j + SEARCH_BATCH, cfg.candidates))])   # line 5
+            L = pair["input"].expand(len(z), -1, -1, -1)
+            fake = features(state.vgg, state.generator(L, z)[:, 0])                   # line 6
+            found[i, j:j + len(z)] = distance(real, fake, pair["mask"], state.balance.weights)
     if world > 1:
-        dist.all_reduce(found := found.to(device))
-    found = found.cpu()
-    searched = (found > 0).all(1)               # a search that was broken off leaves zeros
-    for i in searched.nonzero()[:, 0].tolist():                                        # line 7
-        chosen[i, 1] = candidate_seeds(cfg, epoch, i)[int(found[i].argmin())]
-    return found.where(searched[:, None], torch.nan)
-
-
-def candidate_seeds(cfg: Config, epoch: int, slot: int) -> list[int]:
-    """The seeds of z_i1 .. z_im: new ones for each slot of S and each epoch (a photo that is in S
-    twice has two searches)."""
-    return [hash((cfg.seed, epoch, slot, j)) % 2 ** 62 for j in range(cfg.candidates)]
+        dist.all_reduce(found := found.to(state.balance.weights.device))      # others' rows: 0
+    for i, j in enumerate(found.argmin(1).tolist()):                                  # line 7
+        chosen[i, 1] = mixed(cfg.seed, epoch, i, j)
+    return found.cpu()
 
 
 class Batches(common.Loader):
-    """Alg. 1, lines 8 and 9: S~ of each update, drawn from S "uniformly", so with replacement.
+    """Alg. 1, lines 8 and 9: S~ of each update, drawn from S with replacement.
 
     For crn an epoch's order is all photos at random, then all anew. The order depends on seed and
-    epoch alone. So --resume can take it up anywhere, and the members of S that an epoch will use
-    are known before its search.
+    epoch alone, so that --resume can take it up anywhere.
     """
 
-    def __init__(self, train_set: common.Dataset, cfg: Config, device: torch.device,
-                 photos: Photos):
+    def __init__(self, examples: common.Dataset, cfg: Config, device: torch.device, photos: Photos):
         self.cfg, self.photos = cfg, photos
-        super().__init__(train_set, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
+        super().__init__(examples, cfg.batch_size, cfg.workers, device, cfg.seed, cfg.epochs,
                          cfg.steps, cfg.inner_steps)
 
-    def slots(self) -> list[int]:
-        """What all processes draw in this epoch: slots of S; for crn, numbers of photos.
-
-        An update takes the next |S~| of them.
-        """
-        generator = torch.Generator().manual_seed(hash((self.cfg.seed, self.epoch, 1)) % 2 ** 62)
+    def order(self) -> list[tuple[int, int]]:
+        """What all processes train on in this epoch: number of the photo, seed of z_sigma(i)."""
+        generator = torch.Generator().manual_seed(mixed(self.cfg.seed, self.epoch, 1))
         n, images = len(self.examples), self.per_epoch * self.per_step
         if self.cfg.model == "imle":
-            return torch.randint(self.cfg.pool, (images,), generator=generator).tolist()
-        rounds = [torch.randperm(n, generator=generator) for _ in range(-(-images // n))]
-        return torch.cat(rounds)[:images].tolist()
-
-    def order(self) -> list[tuple[int, int]]:
-        """The same as pairs: number of the photo, seed of z_sigma(i); crn has no noise."""
-        if self.cfg.model == "crn":
-            return [(k, 0) for k in self.slots()]
-        return list(map(tuple, self.photos.chosen[self.slots()].tolist()))
-
-    def unsearched(self) -> list[int]:
-        """The slots that must be searched before this epoch can go on.
-
-        All of S, unless --steps ends the run so soon that S has more members than updates are left
-        for: then those alone that will be drawn. A larger --steps later finds what is missing.
-        """
-        images = (self.total - self.step) * self.per_step + self.seen     # from its start on
-        if self.cfg.model == "crn":
-            return []
-        slots = range(self.cfg.pool) if images >= self.cfg.pool else sorted(
-            set(self.slots()[:images]))
-        return [i for i in slots if self.photos.chosen[i, 1] < 0]
+            members = torch.randint(self.cfg.pool, (images,), generator=generator)
+            return self.photos.chosen[members].tolist()
+        rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(images / n))]
+        return [(k, 0) for k in torch.cat(rounds)[:images].tolist()]        # crn has no noise
 
     def read(self) -> Iterator[dict]:
-        """With each batch go its photos' numbers and seeds, as "drawn".
-
-        The numbers lead to masks and features (recall), the seeds to z (make_pair).
-        """
+        """With each batch go the numbers of its photos, and the seeds of their z."""
         drawn, n = [pair for _, pair in self.indices], self.per_step // self.world
         self.indices[:] = [(self.epoch, k) for k, _ in drawn]
         for batch, at in zip(super().read(), range(0, len(drawn), n)):
-            yield batch | {"drawn": drawn[at:at + n]}
+            numbers, seeds = zip(*drawn[at:at + n])
+            yield batch | {"numbers": list(numbers), "seeds": seeds}
 
 
 def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     """Alg. 1, lines 10 and 11: theta -= eta grad L^(I_i, T_theta(L_i, z_sigma(i))).
 
-    batch as from make_pair, or also from recall. For crn: one update on the diversity loss.
+    batch as from make_pair. For crn: one update on the diversity loss.
     """
     L = batch["input"]                                             # (B, c, H, W)
     made = state.generator(L, batch.get("noise"))                  # (B, k, 3, H, W); k = 1 for imle
     fake, k = features(state.vgg, made.flatten(0, 1)), made.shape[1]    # gradients pass through VGG
-    real = real_features(batch, state)                             # no gradient: a constant
+    with torch.no_grad():
+        real = features(state.vgg, batch["image"])                 # a constant
     if cfg.model == "crn":
         real = [value.repeat_interleave(k, 0) for value in real]   # each photo beside its k outputs
         loss = diversity_loss(real, fake, L, state.balance.weights, cfg.diversity == "per-image")
@@ -889,52 +834,33 @@ def learning_rate(cfg: Config, epoch: int) -> float:
     return cfg.lr / 10 if cfg.lr_drop and epoch >= cfg.lr_drop else cfg.lr
 
 
-def begin_epoch(state: State, loader: Batches, run: "Run", cfg: Config) -> bool:
+def begin_epoch(state: State, loader: Batches, run: "Run", cfg: Config) -> None:
     """Before the updates of an epoch: lambda, a new encoder, and Alg. 1, lines 3 to 7.
 
     lambda changes here and nowhere else: search and update must mean the same distance. A run that
-    is taken up in mid-epoch finds S in its checkpoint and has nothing to do here, unless --steps
-    had bounded the search. False: told to stop. The epoch then begins again with --resume, and all
-    of this comes out as before.
+    is taken up in mid-epoch finds S and its seeds in the checkpoint, and does none of this; one
+    that was stopped in here does all of it again, and with the same result.
     """
-    photos, epoch, first, clock = state.photos, loader.epoch, loader.seen == 0, time.time()
-    if first and epoch == cfg.calibrate and not state.balance.measured:
-        state.balance.measure()
-        run.bar.write("lambda, measured (released): " + ", ".join(
-            f"{name} {w:.3g} ({RELEASED_WEIGHTS.get(name, 1):.3g})" for name, w in zip(
-                ("pixel", *cfg.layers), state.balance.weights.tolist())))
-    if first and cfg.renew_encoder and epoch == cfg.lr_drop:
+    photos, balance, epoch = state.photos, state.balance, loader.epoch
+    due = 100 if cfg.released and cfg.model == "crn" else 1
+    if epoch == due and not balance.measured:
+        balance.weights[:] = balanced_weights(balance.sums, cfg.pixel_weight)
+        balance.measured.fill_(True)
+    if cfg.released and state.generator.encoder is not None and epoch == cfg.lr_drop:
         torch.manual_seed(cfg.seed + epoch)
         state.generator.encoder.reset()
         state.opt_g.state.clear()               # Adam's moments, too
-    if first and cfg.model == "imle":
+    if cfg.model == "imle":
         if not photos.areas.any():              # once per run: photos do not change
-            colours, areas = survey(loader.examples, cfg, loader.device, run)
-            if run.stopped(now=True):
-                return False
-            photos.rarity, photos.areas = rarity_scores(colours), areas
+            colours, photos.areas = survey(loader.examples, cfg)
+            photos.rarity = rarity_scores(colours)
         photos.chosen[:, 0] = populate(photos.rarity, photos.areas, cfg, epoch)         # line 3
-        photos.chosen[:, 1] = -1
-    # The search must see theta as it was when the epoch began, also where --steps had left members
-    # of S out and a larger one now asks for them.
-    slots, G = loader.unsearched(), state.generator
-    if slots:                                   # lines 4 to 7
-        now = {name: value.clone() for name, value in G.state_dict().items()}
-        start = now if first else state.start
-        G.load_state_dict(start)
-        distances = search(state, loader.examples, cfg, epoch, slots, run)
-        G.load_state_dict(now)
-        if run.stopped(now=True):
-            return False
+        found = search(state, loader.examples, cfg, epoch)                              # 4 to 7
         if loader.rank == 0:
-            near, mean = distances.amin(1).nanmean(), distances.nanmean()
-            run.bar.write(f"search: nearest of {cfg.candidates} at {near:.4f}, their mean "
-                          f"{mean:.4f}; {time.time() - clock:.0f} s")
-        state.start = start if photos.chosen[:, 1].min() < 0 else None
+            run.bar.write(f"lambda {[round(x, 3) for x in balance.weights.tolist()]}; distances: "
+                          f"nearest {found.amin(1).mean():.4f}, mean {found.mean():.4f}")
         loader.speed()                          # the search is not training
-    if first:
-        state.balance.sums.zero_()
-    return True
+    balance.sums.zero_()
 
 
 def train(cfg: Config, stored: dict | None = None) -> Path:
@@ -950,25 +876,13 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
     loader = Batches(train_set, cfg, device, state.photos)
     with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:                                     # Alg. 1, line 2
-            if not begin_epoch(state, loader, run, cfg):           # lines 3 to 7
-                loader.over, run.kept = True, None                 # saves even at step 0
-                break
+            if loader.seen == 0:
+                begin_epoch(state, loader, run, cfg)               # lines 3 to 7
             state.opt_g.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
             for batch in loader:                                   # lines 8 and 9
-                pair = recall(make_pair(batch, cfg), state, cfg)
+                pair = make_pair(batch, cfg, state.photos)
                 run.done(train_step(state, pair, cfg))             # lines 10 and 11
     return run.end()                                               # line 12
-
-
-def rename_released(stored: dict, path: Path) -> dict:
-    """Refused: the authors' own files are TensorFlow's, which PyTorch cannot read."""
-    raise UserError(f"{path}: no checkpoint of {NAME}.py; its first key is "
-                    f"{next(iter(stored), 'missing')}")
-
-
-def released_config(stored: dict, given: dict) -> dict:
-    """Never reached: see rename_released."""
-    return {}
 
 
 # ------------------------------------------------------------------------------- 5 Sampling
@@ -980,15 +894,9 @@ def translate(generator: Generator, label: Tensor, noise: Tensor | None) -> Tens
     Sides are mirrored up to the next multiple that G can halve, and the result is cropped.
     """
     h, w = label.shape[-2:]
-    label, noise = (value if value is None else common.mirror_pad(value, generator.multiple)
-                    for value in (label, noise))
+    label = common.mirror_pad(label, generator.multiple)
+    noise = None if noise is None else common.mirror_pad(noise, generator.multiple)
     return generator(label, noise)[0, ..., :h, :w].clamp(-1, 1)
-
-
-def test_pair(item: dict, state: State, cfg: Config) -> dict:
-    """One item of a dataset as a batch of one where G is, made a pair; noise is drawn later."""
-    device = state.balance.weights.device if state else torch.device("cpu")
-    return make_pair(common.batch_of_one(item, device) | {"noise": None}, cfg)
 
 
 def noise_of(seed: int, pair: dict, cfg: Config) -> Tensor:
@@ -996,21 +904,35 @@ def noise_of(seed: int, pair: dict, cfg: Config) -> Tensor:
     return draw_noise(seed, cfg, pair["layout"].shape[1:], pair["layout"].device)[None]
 
 
-def draw(state: State, pair: dict, cfg: Config, n: int) -> Tensor:
-    """n images of a layout, (n, 3, H, W) in [-1, 1]: by seeds from cfg.seed on, or a CRN's outputs.
-    """
+def own_seeds(pair: dict, cfg: Config, n: int) -> list[int]:
+    """The seeds of a layout's samples 1 to n, by --seed and the layout's name: another layout has
+    other noise, whatever else is sampled in the same call."""
+    return [draw_seed(cfg.seed, pair["name"], k) for k in range(n)]
+
+
+def render(state: State, pairs: Iterable[dict], noises: Iterable, cfg: Config) -> Tensor:
+    """The images (n, 3, H, W) of layouts, each with its noise; on the CPU, in [-1, 1]."""
+    images = torch.cat([translate(state.generator, pair["input"], noise).cpu()
+                        for pair, noise in zip(pairs, noises)])
+    if cfg.understood.get("image", {}).get("grey"):              # only grey can be right
+        images = images.mean(1, keepdim=True).expand_as(images)
+    return images
+
+
+def draw(state: State, pair: dict, cfg: Config, seeds: Sequence[int]) -> Tensor:
+    """An image of a layout for each seed, (n, 3, H, W) in [-1, 1]; or a CRN's first n outputs."""
     if cfg.model == "crn":
-        if n > cfg.outputs:
-            raise UserError(f"--samples {n}: this CRN has {cfg.outputs} output(s) per layout and "
-                            "no noise; train with --model imle for more")
-        return translate(state.generator, pair["input"], None)[:n]
-    return torch.cat([translate(state.generator, pair["input"], noise_of(cfg.seed + j, pair, cfg))
-                      for j in range(n)])
+        return render(state, [pair], [None], cfg)[:len(seeds)]
+    noises = (noise_of(seed, pair, cfg) for seed in seeds)
+    return render(state, itertools.repeat(pair), noises, cfg)
 
 
 def how_many(cfg: Config, otherwise: int) -> int:
     """--samples; where it is not given, so many, or all that a CRN has."""
-    return cfg.samples or (min(otherwise, cfg.outputs) if cfg.model == "crn" else otherwise)
+    most = cfg.outputs if cfg.model == "crn" else math.inf
+    if cfg.samples and cfg.samples > most:
+        raise UserError(f"--samples {cfg.samples}: this CRN has {most} output(s); an imle has more")
+    return cfg.samples or min(otherwise, most)
 
 
 def colours_of(pair: dict, cfg: Config) -> Tensor:
@@ -1018,61 +940,66 @@ def colours_of(pair: dict, cfg: Config) -> Tensor:
     return colour_label(pair["label"], class_table(cfg.classes)).cpu()
 
 
-def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
-    """Layout | up to six samples | truth, of five test examples, evenly spread, a row each."""
-    tiles, n = [], min(5, len(test_set))
-    for i in range(n):
-        pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
-        made = draw(state, pair, cfg, min(6, cfg.outputs) if cfg.model == "crn" else 6).cpu()
-        tiles += [colours_of(pair, cfg), made, *([pair["image"].cpu()] if "image" in pair else [])]
-    tiles = torch.cat(tiles)
-    save_images(tiles, path, nrow=len(tiles) // n)
+def five(items: common.Dataset, state: State, cfg: Config) -> list[dict]:
+    """Five examples, evenly spread."""
+    n = min(5, len(items))
+    return [test_pair(items[i * len(items) // n], state, cfg) for i in range(n)]
 
 
-def save_gif(images: Tensor, path: Path) -> None:
-    """(n, 3, H, W) in [-1, 1] as an endless animation, eight frames a second."""
-    frames = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=125, loop=0)
+def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
+    """Layout | up to six samples | truth, of five test examples, a row each. Returns the samples
+    (n, 3, H, W)."""
+    rows, drawn = [], []
+    for pair in five(test_set, state, cfg):
+        drawn.append(draw(state, pair, cfg, own_seeds(pair, cfg, how_many(cfg, 6))))
+        rows.append(torch.cat([colours_of(pair, cfg), drawn[-1]]))
+        if "image" in pair:
+            rows[-1] = torch.cat([rows[-1], pair["image"].cpu()])
+    save_images(torch.cat(rows), path, len(rows[0]))
+    return torch.cat(drawn)
 
 
 def layouts(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:
     """The layouts of --input, a file or a folder (resized if `size` is given), or the test split.
     """
     if not cfg.input:
-        return dataset(cfg, "test").has("label")
-    return common.Dataset(files=common.input_files(cfg.input, "label"), classes=cfg.classes,
-                          size=size)
-
-
-def one_layout(cfg: Config, size: tuple[int, int] | None) -> dict:
-    """The layout of this --item, or the first one, of --input or of the test split."""
-    return layouts(cfg, size).named(cfg.item)
+        return dataset(cfg, "test").require("label")
+    items = common.Dataset(files=common.input_files(cfg.input, "label"), classes=cfg.classes,
+                           size=size, understood=cfg.understood)
+    common.notice_scale(items, cfg.understood, cfg.size)
+    return items
 
 
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """Images for --input, a file or a folder of any sizes, or for the test split.
 
     An output has the size of its input; `size` resizes the inputs first. With several samples there
-    is also NAME_grid.png, the layout and all of them (Fig. 2 and 3); how much they differ is
-    printed.
+    is also NAME_grid.png, the layout and all of them (Fig. 2 and 3).
     """
-    target, items, apart = Path(cfg.output or Path(cfg.out, "test")), layouts(cfg, size), []
-    n = how_many(cfg, 9)
-    for item, paths in common.outputs(items, cfg.input, target, n):
+    target, n = Path(cfg.output or Path(cfg.out, "test")), how_many(cfg, 9)
+    for item, paths in common.outputs(layouts(cfg, size), cfg.input, target, n):
         pair = test_pair(item, state, cfg)
-        made = draw(state, pair, cfg, n).cpu()
+        made = draw(state, pair, cfg, own_seeds(pair, cfg, n))
         for image, path in zip(made, paths):
             save_images(image[None], path)
         if n > 1:
-            both = torch.cat([colours_of(pair, cfg), made])
-            save_images(both, target / f"{pair['name']}_grid.png", math.ceil(math.sqrt(len(both))))
-            apart.append(torch.pdist(made.flatten(1), 1).mean().item() / made[0].numel())
-    if apart:
-        print(f"two samples of one layout differ by {sum(apart) / len(apart):.4f} per value "
-              "on average (mean absolute difference of images in [-1, 1])")
+            path = common.writable("--output", target / f"{pair['name']}_grid.png", set())
+            save_images(torch.cat([colours_of(pair, cfg), made]), path, math.ceil((n + 1) ** .5))
     return target
+
+
+def write(cfg: Config, rows: list[Tensor], films: dict[str, Tensor] | None = None) -> None:
+    """Rows of images (n, 3, H, W) as the picture --output; films as endless animations beside it,
+    eight frames a second."""
+    path = Path(cfg.output)
+    save_images(torch.cat(rows), path, len(rows[0]))
+    for name, images in (films or {}).items():
+        gif = common.writable("--output", path.with_name(f"{path.stem}_{name}.gif"), set())
+        frames = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        first, *rest = map(common.Image.fromarray, frames)
+        first.save(gif, save_all=True, append_images=rest, duration=125, loop=0,
+                   comment=common.OURS)
+    print(f"{len(rows)} rows of {len(rows[0])} images: {path}")
 
 
 def between(a: Tensor, b: Tensor, t: float, linear: bool = True) -> Tensor:
@@ -1086,156 +1013,134 @@ def between(a: Tensor, b: Tensor, t: float, linear: bool = True) -> Tensor:
     return math.cos(t * math.pi / 2) * a + math.sin(t * math.pi / 2) * b
 
 
-def dark_and_bright(state: State, pair: dict, cfg: Config, n: int = 30) -> tuple[int, int]:
-    """The seeds of the darkest and the brightest of n samples: night and day, where T knows them.
-    Paper: chosen by eye."""
-    grey = draw(state, pair, cfg, n).mean((1, 2, 3))
-    return cfg.seed + int(grey.argmin()), cfg.seed + int(grey.argmax())
+def end_noises(state: State, pair: dict, cfg: Config) -> list[Tensor]:
+    """The noise of two samples of a layout, --ends. Without it, of the darkest and the brightest of
+    thirty: night and day, where T knows them. Paper: chosen by eye."""
+    ends = cfg.ends
+    if not ends:
+        grey = draw(state, pair, cfg, own_seeds(pair, cfg, 30)).mean((1, 2, 3))
+        ends = int(grey.argmin()) + 1, int(grey.argmax()) + 1
+    print(f"{pair['name']}: from sample {ends[0]} to sample {ends[1]}")
+    return [noise_of(draw_seed(cfg.seed, pair["name"], k - 1), pair, cfg) for k in ends]
 
 
-def interpolate(cfg: Config, state: State, pair: dict) -> dict[str, Tensor]:
-    """Fig. 4 and 8: images from one seed's noise to another's, as a strip and as animations.
+def interpolate(cfg: Config, state: State, items: common.Dataset) -> dict[str, Tensor]:
+    """Fig. 4 and 8: images from one noise to another, as a strip and as animations, there and back.
 
-    Row 1 of the strip is the paper's linear path, row 2 keeps the variance. Returns the frames.
+    Row 1 of the strip is the paper's linear path, row 2 keeps the variance. Returns the rows.
     """
-    target, n = Path(cfg.output or Path(cfg.out, "interpolate")), cfg.frames or 8
-    ends = cfg.ends or dark_and_bright(state, pair, cfg)
-    a, b = (noise_of(seed, pair, cfg) for seed in ends)
-    rows = {name: torch.cat([
-        translate(state.generator, pair["input"], between(a, b, i / (n - 1), name == "linear"))
-        for i in range(n)]).cpu() for name in ("linear", "variance-preserving")}
-    label = colours_of(pair, cfg)
-    save_images(torch.cat([torch.cat([label, row]) for row in rows.values()]),
-                target / "strip.png", n + 1)
-    print(f"{pair['name']}, from seed {ends[0]} to {ends[1]}: {target}")
-    for name, row in rows.items():
-        save_gif(torch.cat([row, row.flip(0)[1:-1]]), target / f"{name}.gif")
+    pair, n = test_pair(items.find_example(cfg.item), state, cfg), max(cfg.samples or 8, 2)
+    a, b = end_noises(state, pair, cfg)
+    rows, films = {}, {}
+    for name in ("linear", "variance-preserving"):
+        noises = (between(a, b, i / (n - 1), name == "linear") for i in range(n))
+        rows[name] = render(state, itertools.repeat(pair), noises, cfg)
+        films[name] = torch.cat([rows[name], rows[name].flip(0)[1:-1]])
+    write(cfg, [torch.cat([colours_of(pair, cfg), row]) for row in rows.values()], films)
     return rows
-
-
-def transfer(cfg: Config, state: State, pairs: list[dict]) -> Tensor:
-    """Fig. 5: the same noise on several layouts of one size; a row per noise, a column per layout.
-    Returns the images (rows, columns, 3, H, W)."""
-    rows, path = how_many(cfg, 3), Path(cfg.output or Path(cfg.out, "transfer.png"))
-    if len({pair["layout"].shape for pair in pairs}) > 1:
-        raise UserError("transfer: the same noise needs layouts of one size; give --size H W")
-    made = torch.stack([draw(state, pair, cfg, rows) for pair in pairs], 1).cpu()
-    labels = torch.cat([colours_of(pair, cfg) for pair in pairs])
-    save_images(torch.cat([labels, made.flatten(0, 1)]), path, len(pairs))
-    print(f"{rows} noise(s) on {len(pairs)} layouts: {path}")
-    return made
 
 
 def relabel(label: Tensor, change: str, table: common.ClassTable) -> Tensor:
     """One change of a label map (H, W): "car=road", or "20,30,40,60=car" for a rectangle."""
-    where, _, new = change.partition("=")
-    if not new:
-        raise UserError(f"--set {change}: expected CLASS=CLASS or TOP,LEFT,BOTTOM,RIGHT=CLASS")
-    if "," not in where or where in table.names:
-        return torch.where(label == class_id(where, table), class_id(new, table), label)
-    (h, w), numbers = label.shape, where.split(",")
-    if len(numbers) != 4 or not all(n.isdecimal() for n in numbers):
-        raise UserError(f"--set {change}: expected TOP,LEFT,BOTTOM,RIGHT=CLASS")
-    top, left, bottom, right = map(int, numbers)
-    if not (top < bottom <= h and left < right <= w):
-        raise UserError(f"--set {change}: not a rectangle within {h} x {w}")
-    label = label.clone()
-    label[top:bottom, left:right] = class_id(new, table)
-    return label
+    old, _, new = change.partition("=")
+    edited, rectangle = label.clone(), re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", old)
+    if rectangle:
+        top, left, bottom, right = map(int, rectangle.groups())
+        edited[top:bottom, left:right] = class_id(new, table)
+    else:
+        edited[label == class_id(old, table)] = class_id(new, table)
+    return edited
 
 
-def edit(cfg: Config, state: State, item: dict) -> Tensor:
-    """Fig. 7: the layout and after each change the layout again, a row each, with the same noises.
-    Returns the images (rows, columns, 3, H, W)."""
-    items, columns = [item], how_many(cfg, 3)
-    for change in cfg.set:
-        label = relabel(items[-1]["label"], change, class_table(cfg.classes))
-        items.append({"label": label, "name": item["name"]})
-    pairs = [test_pair(each, state, cfg) for each in items]
-    made = torch.stack([draw(state, pair, cfg, columns) for pair in pairs]).cpu()
-    tiles = [torch.cat([colours_of(pair, cfg), row]) for pair, row in zip(pairs, made)]
-    path = Path(cfg.output or Path(cfg.out, "edit.png"))
-    save_images(torch.cat(tiles), path, columns + 1)
-    print(f"{item['name']}: {path}")
-    for change, before, after, a, b in zip(cfg.set, pairs, pairs[1:], made, made[1:]):
-        same = (before["label"] == after["label"])[0].cpu()
-        print(f"  --set {change}: relabelled {100 * (~same).float().mean():.1f} % of the pixels; "
-              f"the others changed by {(a - b).abs().mean((0, 1))[same].mean():.4f}")
+def grid(cfg: Config, state: State, pairs: list[dict], seeds: Sequence[int]) -> Tensor:
+    """The same noises on several layouts: a row per layout, a column per noise. Writes them, and
+    returns the images (rows, columns, 3, H, W)."""
+    made = torch.stack([draw(state, pair, cfg, seeds) for pair in pairs])
+    write(cfg, [torch.cat([colours_of(pair, cfg), row]) for pair, row in zip(pairs, made)])
     return made
+
+
+def edit(cfg: Config, state: State, items: common.Dataset) -> Tensor:
+    """Fig. 7: a layout and after each change the layout again, with its own noises."""
+    pairs = [test_pair(items.find_example(cfg.item), state, cfg)]
+    for change in cfg.set:
+        label = relabel(pairs[-1]["label"][0], change, class_table(cfg.classes))
+        pairs.append(test_pair({"label": label, "name": pairs[0]["name"]}, state, cfg))
+    return grid(cfg, state, pairs, own_seeds(pairs[0], cfg, how_many(cfg, 3)))
+
+
+def transfer(cfg: Config, state: State, items: common.Dataset) -> Tensor:
+    """Fig. 5: five layouts of one size, which share their noises on purpose."""
+    return grid(cfg, state, five(items, state, cfg), range(cfg.seed, cfg.seed + how_many(cfg, 3)))
 
 
 def moving_car(cfg: Config) -> list[dict]:
     """Fig. 9: the layouts of a test street whose first car drives away and comes back."""
-    start, frames = common.Dataset.STREETS["test"][0], cfg.frames or 17
-    scene = next(s for s in (common.street_scene(0, start + i) for i in range(1000))
-                 if s.vehicles and s.vehicles[0].kind == "car")
+    start, frames = common.Dataset.STREETS["test"][0], max(cfg.samples or 17, 2)
+    scenes = (common.street_scene(0, start + i) for i in range(1000))
+    scene = next(s for s in scenes if s.vehicles and s.vehicles[0].kind == "car")
     items = []
     for i in range(frames):
-        away = 1 - abs(2 * i / (frames - 1) - 1)                    # 0 ... 1 ... 0
-        scene.vehicles[0].z = 5.5 + 14 * away
-        layout = common.paint(scene, cfg.size)
-        items.append({"label": torch.from_numpy(layout.label), "name": f"frame_{i:03d}"})
+        scene.vehicles[0].z = 19.5 - 14 * abs(2 * i / (frames - 1) - 1)     # 5.5 ... 19.5 ... 5.5
+        label = torch.from_numpy(common.paint(scene, cfg.size).label)
+        items.append({"label": label, "name": f"frame_{i:03d}"})
     return items
 
 
-def video(cfg: Config, state: State, items: list[dict]) -> dict[str, float]:
-    """Fig. 9 and 10: a film whose frames are made independently, from one noise (a), and with the
-    noise moving from dark to bright (b); differences of adjacent frames.
+def video(cfg: Config, state: State, items: Sequence[dict]) -> dict[str, float]:
+    """Fig. 9 and half (a) of Fig. 10: a film whose frames are made independently, from one noise
+    (a), and with the noise moving from dark to bright (b); differences of adjacent frames.
 
-    The noise moves along the paper's line. Returns the mean difference where the labels of both
-    frames agree: ideal is 0 for the fixed noise.
+    Both ends are samples of the first frame, and all frames share them on purpose. The noise moves
+    along the paper's line. Returns the mean difference, of images on [0, 1], where the labels of
+    both frames agree: ideal is 0 for the fixed noise.
     """
-    target = Path(cfg.output or Path(cfg.out, "video"))
-    pairs = [test_pair(item, state, cfg) for item in items]
-    if len(pairs) < 2 or len({pair["layout"].shape for pair in pairs}) > 1:
-        raise UserError("video needs two or more layouts of one size")
-    a, b = (noise_of(seed, pairs[0], cfg) for seed in dark_and_bright(state, pairs[0], cfg))
+    n = len(items)
+    pairs = [test_pair(items[i], state, cfg) for i in range(n)]
+    a, b = end_noises(state, pairs[0], cfg)
     labels = torch.cat([colours_of(pair, cfg) for pair in pairs])
-    same = torch.cat([x["label"] == y["label"] for x, y in zip(pairs, pairs[1:])]).cpu()
-    rows, told = [labels], {}
-    for name in ("fixed", "moving"):
-        noises = [between(a, b, i / (len(pairs) - 1)) if name == "moving" else b
-                  for i in range(len(pairs))]
-        film = torch.cat([translate(state.generator, pair["input"], z)
-                          for pair, z in zip(pairs, noises)]).cpu()
+    ids = torch.cat([pair["label"] for pair in pairs]).cpu()
+    rows, films, told = [labels], {}, {}
+    moving = (between(a, b, i / max(n - 1, 1)) for i in range(n))
+    for name, noises in (("fixed", itertools.repeat(b)), ("moving", moving)):
+        film = render(state, pairs, noises, cfg)
         change = (film[1:] - film[:-1]).abs().mean(1)                          # (n - 1, H, W)
-        told[name] = (change[same].mean() / 2).item()
+        told[name] = (change[ids[1:] == ids[:-1]].mean() / 2).item()
         dark = torch.cat([change[:1] * 0, change])[:, None].expand(-1, 3, -1, -1)
         rows += [film, dark * 2 - 1]                                # darker: smaller, as in Fig. 10
-        save_gif(torch.cat([labels, film], 3), target / f"{name}.gif")
-    save_images(torch.cat(rows), target / "strip.png", len(pairs))
-    print(f"{len(pairs)} frames: {target}\n  mean change where labels stay, of images in [0, 1]: "
-          + ", ".join(f"{name} noise {value:.4f}" for name, value in told.items()))
+        films[name] = torch.cat([labels, film], 3)
+    write(cfg, rows, films)
+    print("mean change where labels stay: fixed {fixed:.4f}, moving {moving:.4f}".format(**told))
     return told
 
 
 # ----------------------------------------------------------------------------- 6 Evaluation
 
 # The paper's variances on GTA-5, times 100: IMLE, CRN with nine outputs. Higher is more diverse.
-TABLE_1 = {
-    "road": (8.804, 7.725), "sidewalk": (10.41, 6.941), "building": (6.362, 3.071),
-    "wall": (5.500, 2.760), "fence": (1.901, .7764), "pole": (2.534, 1.907),
-    "traffic light": (1.168, .4820), "traffic sign": (1.703, 1.378), "vegetation": (1.716, .8079),
-    "terrain": (5.018, 2.664), "sky": (1.645, 2.267), "person": (2.103, .8848),
-    "rider": (.2772, .1338), "car": (1.390, 1.298), "truck": (1.872, 2.004), "bus": (.3267, .1791),
-    "train": (.01217, .002938), "motorcycle": (.1878, .06913), "bicycle": (.01628, .005704),
-    "overall": (3.415, 2.870)}
+IMLE = (8.804, 10.41, 6.362, 5.500, 1.901, 2.534, 1.168, 1.703, 1.716, 5.018,     # road to terrain
+        1.645, 2.103, .2772, 1.390, 1.872, .3267, .01217, .1878, .01628, 3.415)   # sky to overall
+CRN = (7.725, 6.941, 3.071, 2.760, .7764, 1.907, .4820, 1.378, .8079, 2.664,
+       2.267, .8848, .1338, 1.298, 2.004, .1791, .002938, .06913, .005704, 2.870)
+TABLE_1 = dict(zip(common.TABLES["cityscapes_train"].names + ("overall",), zip(IMLE, CRN)))
 
 
-def spread_nine(images: Tensor, clusters: int = 9, repeats: int = 10) -> list[Tensor]:
+def spread_nine(images: Tensor, seed: int = 0, repeats: int = 10) -> list[Tensor]:
     """Table 1's choice: 9 clusters of (n, 3, H, W), one image of each at random: indices (9,), ten
-    times. Ours: K-means on images shrunk to 32 rows by area; the clusters are found once."""
-    small = F.adaptive_avg_pool2d(images, (min(32, images.shape[2]),
-                                           min(32 * images.shape[3] // images.shape[2],
-                                               images.shape[3])))
-    # n points span n dimensions at most: there K-means is the same, and fast.
-    points = torch.linalg.qr(small.flatten(1).double().T)[1].T.contiguous()
-    owner = torch.cdist(points.float(), common.kmeans(points, clusters)).argmin(1)
-    generator = torch.Generator().manual_seed(0)
-    members = [(owner == u).nonzero()[:, 0] for u in owner.unique()]
-    return [torch.stack([members[u % len(members)][torch.randint(
-        len(members[u % len(members)]), (), generator=generator)] for u in range(clusters)])
-        for _ in range(repeats)]
+    times. Ours: K-means on images shrunk to 32 rows by area, begun with images that are far from
+    each other; the clusters are found once. Equal images make fewer clusters."""
+    h, w = images.shape[2:]
+    points = F.adaptive_avg_pool2d(images, (min(32, h), min(32 * w // h, w))).flatten(1).double()
+    centres, chance = points[:1], torch.Generator().manual_seed(seed)
+    while len(centres) < 9:
+        far = torch.cdist(points, centres).amin(1).argmax()    # the farthest from all centres
+        centres = torch.cat([centres, points[far][None]])
+    for _ in range(50):
+        owner = torch.cdist(points, centres).argmin(1)
+        for u in owner.unique():
+            centres[u] = points[owner == u].mean(0)
+    orders = [torch.randperm(len(points), generator=chance) for _ in range(repeats)]
+    return [torch.stack([order[owner[order] == u][0] for u in owner.unique()])
+            for order in orders]                               # of each cluster the first
 
 
 def diversity(images: Tensor, layout: Tensor, classes: int) -> Tensor:
@@ -1257,185 +1162,81 @@ def best_of(images: Tensor, truth: Tensor) -> tuple[int, float]:
     return int(errors.argmin()), errors.min().item()
 
 
-def images_in_folder(pair: dict, cfg: Config) -> Tensor:
-    """Another model's images of a layout, NAME.png or NAME_1.png, NAME_2.png, ...: (n, 3, H, W)."""
-    folder, name, size = Path(cfg.images), pair["name"], tuple(pair["layout"].shape[1:])
-    numbered = [p for p in folder.glob(f"{name}_*") if p.stem[len(name) + 1:].isdecimal()]
-    paths = sorted(numbered, key=lambda p: int(p.stem[len(name) + 1:])) or sorted(
-        folder.glob(f"{name}.*"))
-    images = [common.read_image(path).float() / 127.5 - 1 for path in paths]
-    if not images or {tuple(image.shape[1:]) for image in images} != {size}:
-        raise UserError(f"--images {folder}: {len(images)} image(s) of {name}, as {name}.png or "
-                        f"{name}_1.png, ..., but not all of {size[0]} x {size[1]}; say --size H W")
-    return torch.stack(images)
+def evaluate(cfg: Config, state: State) -> dict:
+    """Table 1 step by step, and best-of-n l1.
 
-
-@torch.no_grad()
-def evaluate(cfg: Config, state: State | None) -> dict:
-    """Table 1 step by step and best-of-n l1; on the streets the exact measures, too.
-
-    Table 1: many samples per layout, 9 clusters, one of each, the variance per class; ten times.
-    A CRN's outputs, and another model's images in --images, are taken as they are: the first nine.
-    For Table 2 the nearest of the nine to the photo is kept, in best/ of the run's folder.
+    Table 1: a hundred samples per layout (--samples), 9 clusters, one of each, the variance per
+    class; ten times. A CRN's outputs are taken as they are. For Table 2 the nearest of the first
+    nine to the photo is kept, in best/ of the run's folder.
     """
-    test_set, names, out = dataset(cfg, "test").has("label"), class_names(cfg), Path(cfg.out)
-    many = cfg.outputs if cfg.model == "crn" else cfg.eval_samples
-    table, l1, exact, times, best = {}, {}, {}, {}, {}
-    for i in tqdm(range(len(test_set)), desc="evaluate", unit="layout", disable=None):
+    test_set = dataset(cfg, "test").require("label").require_scored()
+    names, out, n = class_names(cfg), Path(cfg.out), how_many(cfg, 100)
+    areas, variances, l1 = [], [], []
+    for i in tqdm(range(len(test_set)), "evaluate", unit="layout", disable=None):
         pair = test_pair(test_set[i], state, cfg)
-        made = images_in_folder(pair, cfg) if cfg.images else draw(state, pair, cfg, many).cpu()
-        street = common.street_of(pair) if cfg.classes == "streets" and not cfg.data else None
-        truth, layout = street and street.sample(len(made), i), pair["layout"][0].cpu()
-        picks = [torch.arange(min(9, len(made)))]
-        rows = {"first nine": ((made + 1) / 2, picks)}
-        if not cfg.images and cfg.model == "imle" and len(made) > 9:
-            rows["one of each cluster"] = (made + 1) / 2, spread_nine((made + 1) / 2)
-        if street:
-            rows["true sampler, nine"] = (truth + 1) / 2, picks
-        for row, (images, chosen) in rows.items():
-            v = [diversity(images[nine], layout, len(names)) for nine in chosen]
-            table.setdefault(row, []).append(torch.stack(v))
-        table.setdefault("area", []).append(torch.bincount(layout.flatten(), minlength=len(names)))
-        for n in sorted({min(9, len(made)), len(made)}):
-            for row, images in (("this run", made), ("true sampler", truth)):
-                if images is not None and "image" in pair:
-                    k, error = best_of(images[:n], pair["image"].cpu())
-                    l1.setdefault(f"{row}, n={n}", []).append(error)
-                    if row == "this run" and n <= 9 and cfg.out:
-                        best[pair["name"]] = k
-                        save_images(made[k][None], out / "best" / f"{pair['name']}.png")
-                if street:
-                    seen = street.read(images[:n])
-                    exact.setdefault(f"{row}, n={n}", []).append(
-                        street.measure(seen) | {"tau": street.tau})
-                    times.setdefault(f"{row}, n={n}", []).append(street.times(seen["mode"]))
-    metrics = {"layouts": len(test_set), "Table 1": summarise(table, names),
-               "best-of-n l1": {row: sum(v) / len(v) for row, v in l1.items()}, "best": best}
-    if exact:
-        metrics["exact"] = {row: {"style agreement": common.agreement(times[row])} | {
-            k: float(np.nanmean([one[k] for one in some])) for k in some[0]
-            if not np.isnan([one[k] for one in some]).all()} for row, some in exact.items()}
-    report(metrics, cfg)
-    out.mkdir(parents=True, exist_ok=True)
+        layout, made = pair["layout"][0].cpu(), draw(state, pair, cfg, own_seeds(pair, cfg, n))
+        picks = [torch.arange(min(9, n))]
+        if cfg.model == "imle" and n > 9:
+            picks = spread_nine((made + 1) / 2, draw_seed(cfg.seed, pair["name"], n))
+        v = [diversity((made[pick] + 1) / 2, layout, len(names)) for pick in picks]
+        variances.append(torch.stack(v).mean(0))
+        areas.append(torch.bincount(layout.flatten(), minlength=len(names)))
+        if "image" in pair:
+            l1.append(best_of(made, pair["image"].cpu())[1])
+            k, _ = best_of(made[:9], pair["image"].cpu())
+            save_images(made[k][None], out / "best" / f"{pair['name']}.png")
+    metrics = {"layouts": len(test_set), "samples": n, "best-of-n l1": sum(l1) / max(len(l1), 1),
+               "Table 1": summarise(variances, areas, names)}
+    report(metrics)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return metrics
 
 
-def summarise(table: dict[str, list[Tensor]], names: list[str]) -> dict:
-    """V_p per row: the mean over layouts that have p; with absent classes as 0; the deviation over
-    the repeats; overall: the mean over all pixels of named classes."""
-    area = torch.stack(table["area"]).double()                             # (N, c)
+def summarise(variances: list[Tensor], areas: list[Tensor], names: list[str]) -> dict:
+    """V_p of Table 1, from v_p (c,) of each layout and its pixels per class (c,).
+
+    A class counts as 0 where a layout lacks it: so small are the paper's numbers of rare classes.
+    "overall" is the mean over all pixels of named classes.
+    """
+    v, area = torch.stack(variances).nan_to_num(0), torch.stack(areas).double()      # (N, c)
     area[:, [k for k, name in enumerate(names) if name in ("other", "unknown")]] = 0
-    rows = {}
-    for row, values in table.items():
-        if row == "area":
-            continue
-        v = torch.stack(values)                                            # (N, repeats, c)
-        zeros = v.nan_to_num(0)
-        overall = (zeros * area[:, None]).sum((0, 2)) / area.sum()         # (repeats,)
-        means, as_zero = v.nanmean(0), zeros.mean(0)                       # (repeats, c)
-        rows[row] = {name: {"variance": means[:, p].mean().item(),
-                            "absent as 0": as_zero[:, p].mean().item(),
-                            "deviation": means[:, p].std(correction=0).item()}
-                     for p, name in enumerate(names) if means[:, p].isfinite().all()}
-        rows[row]["overall"] = {"variance": overall.mean().item(),
-                                "absent as 0": overall.mean().item(),
-                                "deviation": overall.std(correction=0).item()}
-    return rows
+    overall = (v * area).sum() / area.sum()
+    return dict(zip([*names, "overall"], [*v.mean(0).tolist(), overall.item()]))
 
 
-def report(metrics: dict, cfg: Config) -> None:
+def report(metrics: dict) -> None:
     """The metrics as text beside the paper's. Its data are others: compare orderings."""
-    def line(name: str, *cells) -> None:
-        print(f"  {name:30}" + "".join(f"{c if isinstance(c, str) else format(c, '.4f'):>22}"
-                                       for c in cells))
-
-    rows = metrics["Table 1"]
     print(f"\n{metrics['layouts']} layouts. Table 1: variance over nine images on [0, 1], times "
-          "100 (the same, where layouts without the class count as 0)")
-    line("", *rows, "paper: IMLE", "paper: CRN")
-    for name in next(iter(rows.values())):
-        line(name, *(f"{100 * cell['variance']:.3f} ({100 * cell['absent as 0']:.3f})"
-                     for cell in (row[name] for row in rows.values())),
-             *(f"{v:.4g}" for v in TABLE_1.get(name, ())))
-    if "true sampler, nine" in rows:
-        base = rows["true sampler, nine"]["overall"]["variance"]
-        line("overall over the truth's", *(row["overall"]["variance"] / base
-                                           for row in rows.values()), "(1 is right)")
-    print("\nbest-of-n l1 to the photo, on [0, 1]" + " (a perfect hit has "
-          f"{common.STREET_GRAIN * math.sqrt(2 / math.pi):.4f})" * ("exact" in metrics))
-    for name, value in metrics["best-of-n l1"].items():
-        line(name, value)
-    if "exact" in metrics:
-        print("\nexact, on the streets")
-        line("", *metrics["exact"])
-        for name in [*common.MEASURES, "style agreement", "tau"]:
-            line(name, *(cell.get(name, "none valid") for cell in metrics["exact"].values()))
-        for name, meaning in common.MEASURES.items():
-            print(f"    {name}: {meaning}")
+          "100; the paper's, of IMLE and of CRN")
+    for name, value in metrics["Table 1"].items():
+        values = (100 * value, *TABLE_1.get(name, ()))
+        print(f"  {name:20}" + "".join(f"{value:12.4g}" for value in values))
+    print("\nbest-of-{samples} l1 to the photo, on [0, 1]: {best-of-n l1:.4f}".format(**metrics))
 
 
-# ------------------------------------------------------------------------------- 7 Machinery
-# What trains any network. Nothing below is the paper's, and from pick_device on it is word for word
-# the same in the four scripts.
-
-NAME = "crn_imle"
-NETWORKS = ("generator",)                       # in State
-MODES = ("train", "sample", "interpolate", "transfer", "edit", "video", "evaluate", "check",
-         "trace")
-TESTS = MODES[1:7]
-CALL = {"preset": ("train", "check", "trace"), "resume": ("train",), "checkpoint": TESTS,
-        "input": TESTS[:-1], "output": TESTS[:-1], "samples": ("sample", "transfer", "edit"),
-        "item": ("interpolate", "edit"), "ends": ("interpolate",), "set": ("edit",),
-        "frames": ("interpolate", "video"), "images": ("evaluate",)}
-# What may differ from the checkpoint when a run goes on, and when it is tested.
-FREE = {"data", "epochs", "steps", "save_every", "search_batch", "keep_features", "gpu", "workers",
-        "precision", "compile", "channels_last", "out", *CALL} - {"preset"}
-FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "vgg_width", "eval_samples"}
-ALONE = {"compile": False, "vgg": "random"}     # settings of a network that is tested, not trained
-
-
-def dataset(cfg: Config, split: str) -> common.Dataset:
-    return common.Dataset(cfg.data, split, cfg.size, classes=cfg.classes, limit=cfg.limit,
-                          seed=cfg.seed, instances=False)
-
-
-def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
-    """Both splits, and the config with what the data turned out to be: its classes."""
-    train_set = dataset(cfg, "train").has("label").has("image")
-    cfg = replace(fit_modules(cfg), classes=train_set.classes)
-    if cfg.vgg == "random":
-        notice("VGG-19 has random weights: it sees edges, but no colours and no objects")
-    if cfg.model == "imle" and not (cfg.init or cfg.resume) and cfg.lr < 5e-5:
-        notice(f"--lr {cfg.lr} is for --init with a trained crn (--model crn); from scratch, "
-               "preset imle-released starts at 1e-4")
-    return cfg, train_set, dataset(cfg, "test")
-
-
-def schedule(cfg: Config) -> set[str]:
-    """The settings that the learning rate follows: lr_drop alone, which no --resume may change."""
-    return set()
-
+# -------------------------------------------------------------------------------- 7 The run
+# Device, checkpoint, log, stop: what any training needs. Nothing of it is the paper's, and all of
+# it is word for word the same in the four scripts.
 
 def pick_device(cfg: Config) -> torch.device:
-    """The device of this process. Under torchrun it also joins the other processes."""
+    """The device of this process. Under torchrun it also joins the other processes, and each has a
+    GPU of its own, whichever --gpu names."""
     n, torchrun = torch.cuda.device_count(), dist.is_torchelastic_launched()
-    rank = os.environ["LOCAL_RANK"] if torchrun else None
-    gpu = cfg.gpu if cfg.gpu is not None else int(rank or 0) if n else -1
-    if gpu >= n or gpu >= 0 and cfg.gpu is not None and rank:
-        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
-        raise UserError(f"--gpu {gpu}: this machine has {here}; -1 is the CPU; under torchrun, "
-                        "which gives each process its own, leave the flag out")
+    gpu = min(n, 1) - 1 if cfg.gpu is None else cfg.gpu          # the first, or none: -1
+    if torchrun and gpu >= 0:
+        gpu = int(os.environ["LOCAL_RANK"])
+    if gpu >= n:
+        raise UserError(f"--gpu {gpu}: this machine has {n} GPU(s), from 0 on; --gpu -1 is the CPU")
     if gpu >= 0:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
-    if rank and not dist.is_initialized():
+    if torchrun and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu >= 0 else "gloo")
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", gpu) if gpu >= 0 else torch.device("cpu")
 
 
-def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+def prepare(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """A network on its device, with memory order, precision and compilation as asked for."""
     last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
     net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -1443,7 +1244,7 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if cfg.precision == "bf16":                 # losses and optimisers stay in float32
         forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-        net.forward = lambda *x: common.to_float(forward(*x))
+        net.forward = lambda *x: tree_map(lambda y: y.float(), forward(*x))
     if cfg.compile:
         net.compile()                           # in place: names in the checkpoint stay as they are
     return net
@@ -1459,35 +1260,48 @@ def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def read(*paths: str | Path) -> dict:
+def read_weights(*paths: str | Path) -> dict:
     """The content of checkpoints; of the authors' files, their weights under our names."""
     content = {}
-    for path in paths:
-        stored = common.load_file(Path(path), f"train first, or name a checkpoint of {NAME}.py")
+    for path in map(Path, paths):
+        stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
         if "script" not in stored:
-            stored = rename_released({str(k).removeprefix("module."): v for k, v in stored.items()},
-                                     Path(path))
+            stored = {str(key).removeprefix("module."): value for key, value in stored.items()}
+            stored = rename_released(stored, path)
         elif stored["script"] != NAME:
             raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
-        elif not isinstance(stored.get(NETWORKS[0]), dict):
-            raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
         content = stored | content
     return content
 
 
-def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+def load(state: State, stored: dict, path: str | Path, everything: bool = False) -> None:
     """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
-    if not names:
-        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    if NETWORKS[0] not in names:
+        raise UserError(f"{path}: holds {', '.join(stored)}, but no {NETWORKS[0]} for this run")
     for name in names:
         value = getattr(state, name)
-        if hasattr(value, "load_state_dict"):
-            common.fill(value, stored.get(name), f"{where}: {name}")
-        else:                                   # a tensor, a number, or None
-            setattr(state, name, stored.get(name))
-    stored.clear()                              # no second copy stays in memory
+        try:
+            if isinstance(value, torch.optim.Optimizer):
+                load_moments(value, stored[name])
+            elif hasattr(value, "load_state_dict"):
+                value.load_state_dict(stored[name])
+            else:                               # a tensor, a number, or None
+                setattr(state, name, stored[name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: its {name} is of another version or size than this run's "
+                            f"({' '.join(str(error).split()):.160})")
+
+
+def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:
+    """An optimiser's moments, each in the memory order of its parameter: the fused update pairs
+    their values as they lie in memory. Its rates are the config's."""
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for parameter, moments in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 class Run:
@@ -1500,190 +1314,187 @@ class Run:
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
                  stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
-        self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
-        path = Path(cfg.out, "checkpoint.pt")
+        self.log, self.pending, self.asked, self.before = [], [], 0, {}   # asked: by which signal
         if stored:                              # --resume
-            common.fill(loader, stored.get("place"), f"{path}: place")
-            self.log = stored.get("log", [])
-            load(state, stored, str(path), everything=True)
-        elif cfg.out and path.exists():
+            load(state, stored, cfg.out, everything=True)
+            loader.load_state_dict(stored["place"])
+            self.log = stored["log"]
+        elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
             raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
                             "larger --epochs or --steps goes on")
-        self.kept = loader.state_dict()         # the place at which all was saved
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
-            cfg = replace(cfg, out=cfg.out or str(common.free_folder(NAME)), resume=False)
-            self.lock = common.lock(Path(cfg.out))
-            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            cfg = replace(cfg, out=cfg.out or str(new_folder(NAME)))
+            if not stored:
+                common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
+                                ("samples",))
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
                   f"{loader.per_epoch} an epoch; in {cfg.out}")
-        self.cfg = cfg
+        self.cfg, self.dead, self.finished, self.saved = cfg, False, loader.step, loader.step
+        self.clock, self.cost = time.perf_counter(), 0.0    # of the last save: when, how long
 
     def __enter__(self) -> "Run":
         loader = self.loader
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
-        heard = [n for n in common.STOPPING if signal.getsignal(n) != signal.SIG_IGN]    # nohup
-        self.before = {number: signal.signal(number, self.stop) for number in heard}
+        if threading.current_thread() is threading.main_thread():         # others get no signals
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:            # as nohup sets it
+                    self.before[number] = signal.signal(number, self.stop)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type, error: BaseException, trace) -> None:
+        """An error between two steps, as a file that cannot be read, costs none of them."""
+        if error and self.loader.rank == 0 and self.saved < self.finished == self.loader.step:
+            self.save()
         self.bar.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.loader.rank == 0:
-            self.lock.close()
 
     def stop(self, number: int, frame) -> None:
         self.asked = number
         signal.signal(number, self.before[number])
 
-    def stopped(self, now: bool = False) -> bool:
+    def stopped(self) -> bool:
         """Whether any process was told to stop: all must leave at the same step."""
-        now |= self.loader.world == 1 or self.loader.step % 10 == 0
-        if now and self.loader.world > 1:       # asking makes everyone wait
+        now = self.loader.world == 1 or self.loader.step % 10 == 0
+        if self.loader.world > 1 and now:       # asking makes everyone wait
             told = torch.tensor(self.asked, device=self.loader.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
             self.asked = int(told)
         return now and self.asked > 0
 
     def done(self, losses: dict[str, Tensor]) -> None:
-        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures."""
+        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures, if
+        that costs less than a tenth of the time; after half an hour in any case."""
         loader = self.loader
         loader.over |= self.stopped()
+        self.finished = loader.step
         if loader.rank == 0:
             self.bar.update()
-            self.pending.append(losses)         # on the device still: no step waits for them
-            saving = loader.over or loader.step % (self.cfg.save_every or loader.per_epoch) == 0
+            self.pending.append(torch.stack(list(losses.values())))      # on the device still
+            since = time.perf_counter() - self.clock
+            due = since > 1800 or loader.step % loader.per_epoch == 0
+            saving = loader.over or due and since > 9 * self.cost
             if saving or loader.step % 20 == 0:
-                self.note()
+                self.note(list(losses))
             if saving:
                 self.save()
 
-    def note(self) -> None:
+    def note(self, names: list[str]) -> None:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        names, step, epoch = list(self.pending[0]), self.loader.step, self.loader.epoch
-        values = torch.stack([torch.stack(list(losses.values())) for losses in self.pending]).cpu()
-        for i, k in (~values.isfinite()).nonzero().tolist():
-            bad = step + 1 + i - len(values)
-            raise UserError(f"loss {names[k]} is {values[i, k]} at step {bad}: stopped; the last "
-                            "good checkpoint is kept. A smaller --lr may help")
-        self.log.append({"step": step, "epoch": epoch} | self.loader.speed() | {
-            name: f"{value:.5g}" for name, value in zip(names, values.mean(0).tolist())})
+        means, self.pending = torch.stack(self.pending).mean(0).tolist(), []
+        losses = dict(zip(names, means))
+        if not np.isfinite(means).all():
+            self.saved = self.finished          # nothing of this is worth keeping
+            raise UserError(f"step {self.loader.step}: {losses}: stopped; the last good checkpoint "
+                            "is kept. A smaller --lr may help")
+        of_d = [value for name, value in losses.items() if name.startswith("d_")]
+        self.dead = len(of_d) > 0 and sum(of_d) < 1e-6           # D is always right
+        self.log.append({"step": self.loader.step, "epoch": self.loader.epoch}
+                        | self.loader.speed() | {k: f"{value:.5g}" for k, value in losses.items()})
         self.bar.set_postfix(self.log[-1])
-        self.pending = []
 
     def save(self) -> None:
-        """The checkpoint: everything that --resume needs, as plain tensors and numbers. Pictures.
-
-        It comes first and whole; a full disk, or nobody who reads what is printed, costs no work.
-        """
-        out, self.kept = Path(self.cfg.out), self.loader.state_dict()
+        """Pictures, which never end a run. Then the checkpoint: everything that --resume needs, as
+        tensors and numbers; a run that died in finite numbers keeps the last one before."""
+        out, begun, dead = Path(self.cfg.out), time.perf_counter(), self.dead
+        if not self.asked:                      # who wants to stop does not wait for pictures
+            try:
+                images = sample_grid(self.state, self.cfg, self.test_set,
+                                     out / "samples" / f"{self.loader.step:07d}.png")
+                equal = len(images) > 1 and images.diff(dim=0).abs().max() < 0.01
+                dead = bool(dead or equal or images.abs().mean() > 0.98)
+            except (UserError, OSError, RuntimeError) as error:
+                notice(f"no pictures at step {self.loader.step}: {error}")
+        if dead and (out / "checkpoint.pt").exists() and not (out / "alive.pt").exists():
+            shutil.copyfile(out / "checkpoint.pt", out / "alive.pt")
+            self.bar.write(f"step {self.loader.step}: this run looks dead, D's loss is 0 or all "
+                           f"outputs are equal or saturated; {out / 'alive.pt'} keeps the last "
+                           "checkpoint before. A smaller --lr may help")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
-            "script": NAME, "config": asdict(self.cfg), "log": self.log, "place": self.kept},
-            out / "checkpoint.pt")
+            "script": NAME, "config": asdict(self.cfg), "log": self.log,
+            "place": self.loader.state_dict()}, out / "checkpoint.pt")
+        self.saved = self.loader.step
+        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
         if self.log:
-            common.plot_log(self.log, out)
+            plot_log(self.log, out)
             self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
-        if not self.asked:                      # who wants to stop does not wait for pictures
-            sample_grid(self.state, self.cfg, self.test_set,
-                        out / "samples" / f"{self.loader.step:07d}.png")
         self.loader.speed()                     # saving and drawing are not training
+        self.clock, self.cost = time.perf_counter(), time.perf_counter() - begun
 
     def end(self) -> Path:
-        """After the last step. Whoever was stopped elsewhere, in a search, has yet to save."""
-        if self.loader.rank == 0 and self.kept != self.loader.state_dict():
-            self.save()
+        """After the last step."""
+        if self.asked and self.loader.rank == 0:
+            print(f"stopped at step {self.loader.step} and saved; to go on: "
+                  f"python {NAME}.py --resume --out {self.cfg.out}")
         if self.asked:
-            if self.loader.rank == 0:
-                print(f"stopped at step {self.loader.step} and saved; to go on: "
-                      f"python {NAME}.py --resume --out {self.cfg.out}")
             sys.exit(128 + self.asked)
         return Path(self.cfg.out)
 
 
-# ---------------------------------------------------------------------------- 8 Command line
-
-def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
-    """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    ours = "script" in stored
-    if not ours and not given.keys() & {"data", "input"}:
-        raise UserError(f"{where}: released weights know no dataset; say --input or --data")
-    config = stored.get("config") if ours else released_config(stored, given)
-    try:
-        cfg = Config(**config)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: damaged, or of another version ({error}); start a run from its "
-                        "weights with --init")
-    for name, value in given.items():
-        if ours and name not in free and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} contradicts {where}, which was trained with "
-                            f"{getattr(cfg, name)}; leave the flag out")
-        if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
-            notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
-                   f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": ()} | given)
-    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
-        common.same_classes(dataset(cfg, "test"), cfg.classes)
-    return cfg
+def plot_log(log: list[dict], out: Path) -> None:
+    """log.csv, and losses.png, whose curves are means over ten of its rows."""
+    lines = [log[0], *(row.values() for row in log)]
+    (out / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    figure, n = matplotlib.figure.Figure(figsize=(8, 4.5)), min(10, len(log))
+    axes = figure.subplots()
+    for name in list(log[0])[4:]:                # after step, epoch and the loader's speed
+        mean = np.convolve([float(row[name]) for row in log], np.ones(n) / n, "valid")
+        axes.plot([row["step"] for row in log[n - 1:]], mean, ".-", label=name)
+    axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(out / "losses.png", dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    mode, given = common.parse(words, Config, NAME, MODES, CALL, __doc__)
-    if "images" in given:                       # no network is needed to score another's images
-        cfg = replace(Config(), **{"size": PRESETS["toy"]["size"]} | given)
-        evaluate(replace(cfg, classes=dataset(cfg, "test").classes), None)
-        return
-    runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
-        Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
-    paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
-    if testing or given.get("resume"):
-        stored, given = read(*paths), {"out": common.run_of(paths[0])} | given
-        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
-    else:
-        stored = None
-        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if testing:
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, stored, where)
-        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
-            cfg = replace(cfg, out=str(common.free_folder(NAME)))
-        run_mode(mode, cfg, state, given)
-    elif mode == "train":
-        train(cfg, stored)
-    elif mode == "check":
-        common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                          Path(cfg.out or common.free_folder("check")))
-    else:
-        trace(cfg)
+def new_folder(kind: str) -> Path:
+    """The next free runs/<kind>-N, made."""
+    path = next(p for n in itertools.count(1) if not (p := Path("runs", f"{kind}-{n}")).exists())
+    path.mkdir(parents=True)
+    return path
+
+
+# ------------------------------------------------- 8 Command line and the authors' files
+
+def rename_released(stored: dict, path: Path) -> dict:
+    """Refused: the authors' own files are TensorFlow's, which PyTorch cannot read."""
+    raise UserError(f"{path}: no checkpoint of {NAME}.py")
+
+
+def released_config(stored: dict, given: dict) -> dict:
+    """Never reached: see rename_released."""
+    return {}
+
+
+def for_testing(cfg: Config) -> Config:
+    """The config with which a network is built to be tested: no VGG need be had."""
+    return replace(cfg, compile=False, vgg="random")
 
 
 def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
-    """What is done with a trained network."""
-    size = given.get("size")
-    if mode in ("interpolate", "transfer", "video") and cfg.model == "crn":
-        raise UserError(f"{mode} needs noise, which a CRN has not; train with --model imle")
+    """What is done with a trained network. All modes but sample and evaluate make one picture."""
     if mode == "evaluate":
         evaluate(cfg, state)
     elif mode == "sample":
-        sample(cfg, state, size)
-    elif mode == "transfer":
-        items = layouts(cfg, size)
-        n = min(5, len(items))
-        transfer(cfg, state, [test_pair(items[i * len(items) // n], state, cfg) for i in range(n)])
-    elif mode == "video":
-        items = layouts(cfg, size) if cfg.input else None
-        video(cfg, state, [items[i] for i in range(len(items))] if items else moving_car(cfg))
-    elif mode == "edit":
-        edit(cfg, state, one_layout(cfg, size))
+        sample(cfg, state, given.get("size"))
     else:
-        interpolate(cfg, state, test_pair(one_layout(cfg, size), state, cfg))
+        if cfg.model == "crn" and mode != "edit":
+            raise UserError(f"{mode} needs noise, which a CRN has not; train with --model imle")
+        items, path = layouts(cfg, given.get("size")), Path(cfg.output or cfg.out)
+        if not (cfg.output and path.suffix):
+            path = path / f"{mode}.png"
+        reads = items.reads | {Path(cfg.input).resolve()} if cfg.input else items.reads
+        common.writable("--output", path, reads)
+        if cfg.input and not items.size and len(items.sizes) > 1 and mode in ("video", "transfer"):
+            raise UserError(f"{mode} needs layouts of one size; give --size H W")
+        if mode == "video" and not cfg.input:
+            items = moving_car(cfg)
+        make = {"interpolate": interpolate, "transfer": transfer, "edit": edit, "video": video}
+        make[mode](replace(cfg, output=str(path)), state, items)
 
 
 def trace(cfg: Config) -> None:
@@ -1693,6 +1504,69 @@ def trace(cfg: Config) -> None:
     state, loader = build(cfg, device), common.Loader(train_set, cfg.batch_size, 0, device)
     pair = make_pair(next(iter(loader)), cfg)
     common.trace_step({"generator": state.generator}, lambda: train_step(state, pair, cfg))
+
+
+# From here on to the end it is word for word the same in the four scripts again.
+
+def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config:
+    """A checkpoint's config with the given flags; those not free must not contradict it."""
+    ours, free = "script" in stored, ("call", "resume", "test") if testing else ("call", "resume")
+    if not ours and not given.keys() & {"data", "input"}:
+        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
+    config = dict(stored["config"] if ours else released_config(stored, given))
+    for f in common.flags(Config):
+        if f.metadata["free"] == "call":
+            config.pop(f.name, None)
+        trained = config.get(f.name)
+        if ours and f.metadata["free"] not in free and given.get(f.name, trained) != trained:
+            raise UserError(f"{flag(f.name)} {given[f.name]} contradicts {path}, which was trained "
+                            f"with {trained}; leave the flag out")
+    try:
+        cfg = Config(**config | given)
+    except TypeError as error:
+        raise UserError(f"{path}: of another version ({error}); --init starts a run from it")
+    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
+        common.same_classes(dataset(cfg, "test"), cfg.classes)
+    return cfg
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    mode, given = common.parse(words, Config, NAME, MODES, __doc__)
+    testing, stored = mode not in ("train", "check", "trace"), None
+    if testing or given.get("resume"):
+        newest = max(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime,
+                     default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
+        if "out" in given:
+            newest = Path(given["out"], "checkpoint.pt")
+        paths = given.get("checkpoint", (newest,))
+        stored, path = read_weights(*paths), " ".join(map(str, paths))
+        if Path(paths[0]).name == "checkpoint.pt":          # it lies in its run's folder
+            given = {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, path, given, testing)
+    elif "checkpoint" in given:
+        raise UserError("--checkpoint goes with --resume here; --init starts a run from weights")
+    else:
+        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
+    if testing:
+        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
+            cfg = replace(cfg, out=str(new_folder(NAME)))
+        if not cfg.output:                      # tried first, not after the work
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            if not os.access(cfg.out, os.W_OK):
+                raise UserError(f"--out {cfg.out}: may not be written; name another --out")
+        cfg = for_testing(cfg)
+        state = build(cfg, pick_device(cfg))
+        load(state, stored, path)
+        run_mode(mode, cfg, state, given)
+    elif mode == "train":
+        train(cfg, stored)
+    elif mode == "check":
+        common.check_data([dataset(cfg, split) for split in ("train", "test")],
+                          Path(cfg.out or new_folder("check")))
+    else:
+        trace(cfg)
 
 
 if __name__ == "__main__":

@@ -11,29 +11,29 @@ Skip connections carry the layout past G's bottleneck. Nothing is tuned per task
 
 Symbols     x batch["input"]   y batch["image"]   y_hat = G(x, z)   z the dropout in G
 
-Paper map   (a test reads these lines: every name must exist, and nothing numbered may be missing)
+Paper map
     Eq. (1)     conditional GAN loss               discriminator_loss, generator_loss
     Eq. (2)     unconditional GAN loss             PatchDiscriminator, with conditional=False
     Eq. (3)     L1 loss                            l1_loss
     Eq. (4)     the objective, lambda = 100        train_step
     Sec. 3.3    D halved, D then G                 discriminator_loss, train_step
     Sec. 3.3    at test time as in training        BatchNorm, Up, translate
-    Table 1     losses, FCN-score                  evaluate, with --loss
-    Table 2     generators, FCN-score              evaluate, with --generator
-    Table 3     receptive fields of D, FCN-score   evaluate, with --patch
+    Table 1     losses, FCN-score                  evaluate, after train --loss cGAN, ...
+    Table 2     generators, FCN-score              evaluate, after train --generator encoder-decoder
+    Table 3     receptive fields of D, FCN-score   evaluate, after train --patch 16, ...
     Table 4     perceptual study of maps           needs people; translate makes its images
     Table 5     perceptual study of colorization   needs people; translate makes its images
     Table 6     photo to labels                    evaluate, nearest_colour
     Fig. 1      samples of every task              PRESETS, sample
     Fig. 2      D sees the edge map and the photo  PatchDiscriminator
     Fig. 3      encoder-decoder and U-Net          Generator
-    Fig. 4      L1, cGAN, L1+cGAN side by side     sample, with --loss
-    Fig. 5      generators side by side            sample, with --generator
-    Fig. 6      patch sizes side by side           sample, with --patch
+    Fig. 4      L1, cGAN, L1+cGAN side by side     sample, after train --loss L1, ...
+    Fig. 5      generators side by side            sample, after train --generator encoder-decoder
+    Fig. 6      patch sizes side by side           sample, after train --patch 16, ...
     Fig. 7      Lab histograms, intersections      colour_histograms, histogram_intersection
     Fig. 8      512 x 512 from a 256 x 256 model   translate
     Fig. 9      colorization                       make_pair, rgb_to_lab, lab_to_rgb
-    Fig. 10     semantic segmentation              PRESETS, cityscapes-photo2labels
+    Fig. 10     semantic segmentation              train --preset cityscapes-photo2labels
     Fig. 11-12  the community's uses               nothing to reproduce
     Fig. 13-20  more samples of each task          PRESETS, sample
     Fig. 21     failures                           evaluate, which draws the worst outputs by L1
@@ -42,26 +42,28 @@ Paper                             | Released code                     | Here
     all convolutions have stride 2| the last two of D have stride 1   | stride 1: else D sees 94
     BatchNorm on the bottleneck   | removed (errata, Sec. 6.3)        | removed; --bottleneck-norm
     all encoder ReLUs are leaky   | plain ReLU after the bottleneck   | plain ReLU
-    dropout in decoder blocks 1-3 | Lua 1-3, PyTorch 2-4 (of 7: 2-3)  | 1-3; --first-dropout 2
+    dropout in decoder blocks 1-3 | Lua 1-3, PyTorch 2-4 (of 7: 2-3)  | 1-3; --released 2-4
     D's objective is halved       | Lua: only in what it reports      | halved
-    constant learning rate        | PyTorch: falls in the second half | constant; --decay falls,
-                                  |   to 0 in the last epoch          |   but not to 0
+    constant learning rate        | PyTorch: falls in the second half | constant; --released and our
+                                  |   to 0 in the last epoch          |   --decay: 0 after the last
     G's step after D's            | Lua: with D's old activations     | D judges anew, as in PyTorch
     L1 is a norm, a sum           | the mean over all elements        | mean; lambda refers to it
     sigmoid, then log             | PyTorch: logits                   | logits, without overflow
     the last layer of G is "a     | transposed, stride 2              | transposed: 8 halvings, 8
       convolution"                |                                   |   doublings
-    checkerboards, which early    | the same                          | the same; --smooth (ours, on
-      training leaves in images   |                                   |   in toy) averages them away
+    the decoder's convolutions    | transposed; early in training     | the same; in toy, ours,
+      upsample by 2               |   they make a checkerboard        |   --generator unet-smooth
     gains of BatchNorm not stated | N(1, 0.02)                        | N(1, 0.02)
     biases not stated             | Lua zeroes them, PyTorch has none | none before a norm, e1, e8
     jitter's filter not stated    | Lua bilinear, PyTorch bicubic     | bicubic; ids by nearest
     channel order not stated      | Lua BGR, PyTorch RGB              | RGB
-    label maps as colour images   | the same, as JPEG                 | colours of ids; --one-hot
+    label maps as colour images   | the same, as JPEG                 | colours of ids, exact
     order of images not stated    | Lua draws with replacement        | each image once per epoch
-    test as in training           | the same; PyTorch has --eval      | the same; --eval-mode
-    FCN-8s trained on Cityscapes, | its weights are not to be had     | FCN-8s trained on your
-      scored at 1024 x 2048       |   any more                        |   photos, scored at --size
+    test as in training           | the same; PyTorch has --eval      | the same
+    FCN-8s trained on Cityscapes  | its weights are gone; it scores   | FCN-8s trained on your
+                                  |   at 1024 x 2048                  |   photos, scored at --size
+    receptive fields 1, 16, 70,   | any number of layers              | 34 and 142 by the same rule
+      286                         |                                   |
     IOU: absent classes not said  | they count as 0                   | they are left out
     8 bits of an image not stated | cut off                           | rounded
 
@@ -71,25 +73,36 @@ Run         python pix2pix.py                               built-in streets, mi
 """
 
 import atexit
+import itertools
 import json
 import os
+import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import common                                   # before torch: it says how torch's threads wait
 
 import matplotlib.figure
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, UserError, Within, check_settings, check_sides, class_table,
-    colour_label, flag, notice, row_of, save_images, setting, smooth_grid)
+    COUNT, POSITIVE, UserError, Within, check_settings, check_sides, class_table, colour_label,
+    draw_seed, find_preset, flag, notice, save_images, setting)
+
+NAME = "pix2pix"
+NETWORKS = ("generator", "discriminator")       # in State; the first is what testing needs
+MODES = ("train", "sample", "evaluate", "check", "trace")
+TRAIN, SAMPLE, BEFORE = ("train",), ("sample",), ("train", "check", "trace")    # who knows a flag
 
 # ---------------------------------------------------------------------------------- 1 Config
 
@@ -98,62 +111,59 @@ class Config:
     """Every setting is a flag. The defaults are the paper's; the text says where it states them."""
     # The task. An image x of some kind goes in and the image y that belongs to it is made; only
     # here do the experiments of Sec. 4 differ, the networks and the loss are always the same.
-    data: str = setting("", "folder, in any known layout; none: the built-in streets")
+    data: str = setting("", "folder in a known layout; none: built-in streets", free="resume")
     task: str = setting("labels2photo", "what is made from what, Sec. 4", (
         "labels2photo", "photo2labels", "pairs", "colorization", "inpainting"))
     direction: str = setting("AtoB", "which half of a pair is the input", ("AtoB", "BtoA"))
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
-    one_hot: bool = setting(False, "label maps as one-hot channels; the paper feeds colours")
-    size: tuple[int, int] = setting((256, 256), "height, width in pixels, Sec. 6.2", POSITIVE)
-    jitter: bool = setting(True, "resize to 286/256 of the size, crop at random, Sec. 6.2")
-    mirror: bool = setting(True, "flip left and right, half the time, Sec. 6.2")
-    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
+    size: tuple[int, int] = setting((256, 256), "height, width, Sec. 6.2", POSITIVE, free="test")
+    augment: str = setting("jitter", "enlarge by 286/256, crop, mirror; or mirror alone, Sec. 6.2",
+                           ("jitter", "mirror", "none"))
+    limit: int = setting(0, "use the first so many; 0: all (400 streets)", COUNT, free="test")
     # The networks. G and D have the same width; width 64 is the paper's, and G has then 54 million
-    # parameters, D 2.8 million.
-    generator: str = setting("unet", "Table 2, Sec. 6.1.1", ("unet", "encoder-decoder"))
+    # parameters, D 2.8 million. unet-smooth, ours, averages away a transposed convolution's grid.
+    generator: str = setting("unet", "Table 2, Sec. 6.1.1",
+                             ("unet", "encoder-decoder", "unet-smooth"))
     width: int = setting(64, "channels after the first layer of G and of D, Sec. 6.1", POSITIVE)
-    levels: int = setting(0, "halvings in G, 8 at 256; 0: all that size allows", Within((0, 8)))
+    levels: int = setting(0, "halvings in G, 8 at 256; 0: all that size allows", Within(0, 8))
     bottleneck_norm: bool = setting(False, "BatchNorm on the innermost map, Sec. 6.3")
-    smooth: bool = setting(False, "ours: average away a transposed convolution's grid")
-    first_dropout: int = setting(1, "first of three blocks with dropout; PyTorch: 2", (1, 2))
     patch: int = setting(70, "D's receptive field, Sec. 6.1.2", (1, 16, 34, 70, 142, 286))
     # The objective, Eq. (4): cGAN is D(x, y), GAN is D(y) alone, L1 is the distance to the photo.
     loss: str = setting("L1+cGAN", "Table 1", ("L1", "GAN", "cGAN", "L1+GAN", "L1+cGAN"))
     lambda_l1: float = setting(100.0, "lambda in Eq. (4), for images in [-1, 1]; Sec. 4.2", COUNT)
     # Training. The paper counts in epochs; an epoch of 2975 images in batches of one is 2975 steps.
-    epochs: int = setting(200, "passes over the training set, Sec. 6.2", POSITIVE)
-    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT)
+    epochs: int = setting(200, "passes over the training set, Sec. 6.2", POSITIVE, free="resume")
+    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT, free="resume")
     batch_size: int = setting(1, "images per step and process; 10 in Table 2, Sec. 6.2", POSITIVE)
-    lr: float = setting(0.0002, "Adam's, both networks, Sec. 3.3", Within((1e-9, 0.9)))
-    betas: tuple[float, float] = setting((0.5, 0.999), "Adam's, Sec. 3.3", SHARE)
-    decay: bool = setting(False, "not in the paper; PyTorch release: lr to 0 in the second half")
-    seed: int = setting(0, "of initialisation, order, crops and noise", COUNT)
-    init: tuple[str, ...] = setting((), "start from these weights: ours, or the authors'")
-    save_every: int = setting(0, "steps between checkpoints and grids; 0: an epoch", COUNT)
-    # Test time and evaluation. The scorer is the network that labels generated photos, Sec. 4.1.
-    eval_mode: bool = setting(False, "test as PyTorch's --eval: no dropout, running averages")
-    vgg: str = setting("imagenet", "where the FCN-8s scorer starts: imagenet, random, or a file")
-    scorer_width: int = setting(64, "64 is VGG-16; less for small studies", POSITIVE)
-    scorer_steps: int = setting(2000, "ours: batches of four that the scorer trains on", POSITIVE)
+    lr: float = setting(0.0002, "Adam's, both networks, Sec. 3.3", Within(1e-9, 0.9))
+    decay: bool = setting(False, "ours, in toy: lr falls to 0 in the second half")
+    released: bool = setting(False, "as the PyTorch release: lr falls, dropout from block 2 on")
+    seed: int = setting(0, "of initialisation, order, crops and noise", COUNT, free="test")
+    init: tuple[str, ...] = setting((), "begin with these weights: ours, or the authors'",
+                                    modes=TRAIN, free="call")
+    # Evaluation. The scorer is the network that labels generated photos, Sec. 4.1.
+    vgg: str = setting("imagenet", "start of the scorer: imagenet, random or a file", free="test")
     # The machine
-    gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
-    workers: int | None = setting(None, "data processes; none: 4 with a GPU", Within((0, 256)))
-    precision: str = setting("fp32", "bf16: autocast around the networks", ("fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile the networks")
-    channels_last: bool | None = setting(None, "memory order; none: with a GPU")
-    out: str = setting("", "the run's folder; none: the next free runs/pix2pix-N")
+    gpu: int | None = setting(None, "number; -1: the CPU; none: the first", Within(-1), free="call")
+    workers: int | None = setting(None, "data processes; none: 4 with a GPU", COUNT, free="resume")
+    precision: str = setting("fp32", "bf16: autocast", ("fp32", "bf16"), free="resume")
+    compile: bool = setting(False, "torch.compile the networks", free="resume")
+    channels_last: bool | None = setting(None, "memory order; none: with a GPU", free="resume")
+    out: str = setting("", "the run's folder; none: the next runs/pix2pix-N", free="call")
     # One call
-    preset: str = setting("", "a line of Sec. 6.2; none: toy with the streets")
-    resume: bool = setting(False, "continue the run in --out, or the newest, exactly")
-    checkpoint: tuple[str, ...] = setting((), "to test with, also the authors'; none: the newest")
-    input: str = setting("", "a file or a folder of any size; none: the test split")
-    output: str = setting("", "a file or a folder; none: test/ in the run's folder")
-    samples: int = setting(1, "outputs per input", POSITIVE)
+    preset: str = setting("", "a line of Sec. 6.2; none: toy with the streets", modes=BEFORE)
+    resume: bool = setting(False, "go on with --out, or the newest run", modes=TRAIN, free="call")
+    checkpoint: tuple[str, ...] = setting((), "to test or resume, also the authors'; none: newest",
+                                          modes=("train", "sample", "evaluate"), free="call")
+    input: str = setting("", "a file or folder; none: the test split", modes=SAMPLE, free="call")
+    output: str = setting("", "a file or folder; none: test/ in --out", modes=SAMPLE, free="call")
+    samples: int = setting(1, "outputs per input", POSITIVE, modes=SAMPLE, free="call")
+
+    # No flag: as what the training data were understood, by common.Dataset.
+    understood: dict = field(default_factory=dict)
 
     def __post_init__(self):
         check_settings(self)
-        if self.one_hot and self.task != "labels2photo":
-            raise UserError(f"--one-hot needs label maps as input; --task {self.task} has none")
 
 
 # Sec. 6.2, line by line. Where it is silent on jitter and mirroring: on, as in both releases.
@@ -162,13 +172,15 @@ class Config:
 # test the edges models and train none.
 PRESETS = {
     "cityscapes": dict(direction="BtoA", epochs=200, batch_size=1),                 # 2975 images
-    # The runs with batch size 10 had BatchNorm on the bottleneck, too (Sec. 6.3).
+    # The runs of Table 2 had batch size 10 (Sec. 6.2) and BatchNorm on the bottleneck (Sec. 6.3).
     "cityscapes-batch10": dict(direction="BtoA", epochs=200, batch_size=10, bottleneck_norm=True),
-    "cityscapes-photo2labels": dict(task="photo2labels", epochs=200, batch_size=1),  # Table 6
+    # Table 6; it has no line of its own in Sec. 6.2, so this is the line of its inverse.
+    "cityscapes-photo2labels": dict(task="photo2labels", epochs=200, batch_size=1),
     "facades": dict(direction="BtoA", epochs=200, batch_size=1),                    # 400
     "map2aerial": dict(task="pairs", direction="BtoA", epochs=200, batch_size=1),   # 1096
     "aerial2map": dict(task="pairs", epochs=200, batch_size=1),                     # 1096
-    "colorization": dict(task="colorization", epochs=6, batch_size=4, jitter=False),  # 1.2 million
+    "colorization": dict(task="colorization", epochs=6, batch_size=4,               # 1.2 million
+                         augment="mirror"),
     "edges2shoes": dict(task="pairs", epochs=15, batch_size=4),                     # 50 000
     "edges2handbags": dict(task="pairs", epochs=15, batch_size=4),                  # 137 000
     "day2night": dict(task="pairs", direction="BtoA", epochs=17, batch_size=4),     # 17 823
@@ -180,28 +192,29 @@ PRESETS = {
     # pixels of 128, as the paper's 70 of 256. Lambda is smaller: in our trials, which changed more
     # than this, 100 left the outputs blurred for longer.
     "toy": dict(size=(128, 128), width=16, levels=5, patch=34, lambda_l1=20.0, epochs=8, lr=2e-3,
-                decay=True, smooth=True, vgg="random", scorer_width=16, scorer_steps=600),
+                decay=True, generator="unet-smooth", vgg="random"),
 }
 # Ours, too: the same for half an hour.
-PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50, scorer_steps=1200)
+PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50)
 PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}   # D's receptive field: its halvings
 
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    return Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | given)
+    return Config(**{"preset": preset} | find_preset(PRESETS, "--preset", preset) | given)
 
 
 def fit_levels(cfg: Config) -> Config:
     """The number of halvings that the training size allows, at most the paper's 8."""
     h, w = cfg.size
     deepest = max(k for k in range(9) if h % 2 ** k == 0 and w % 2 ** k == 0)
-    check_sides("--size", cfg.size, 2 ** max(cfg.levels, 4), 32,
-                f"G halves each side {cfg.levels or '4 to 8'} times")
-    halvings = PATCHES[cfg.patch]                # D's last two convolutions need 3 x 3 units
-    if "GAN" in cfg.loss and halvings and min(h, w) < 3 * 2 ** halvings:
-        raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times; --size {h} {w} "
-                        f"is too small, {3 * 2 ** halvings} would do")
+    unit, halvings = 2 ** max(cfg.levels, 4), PATCHES[cfg.patch]
+    check_sides("--size", cfg.size, unit, 32, f"G halves each side {cfg.levels or '4 to 8'} times")
+    least = 3 * 2 ** halvings                    # D's last two convolutions need 3 x 3 units
+    if cfg.loss != "L1" and halvings and min(h, w) < least:
+        side = -(-least // unit) * unit
+        raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times, for which "
+                        f"--size {h} {w} is too small; --size {side} {side} would do")
     return replace(cfg, levels=cfg.levels or deepest)
 
 
@@ -210,15 +223,11 @@ def fit_levels(cfg: Config) -> Config:
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm with the statistics of the batch at hand, at test time too (Sec. 3.3).
 
-    With one image in the batch this is what was later called instance normalisation. The running
-    averages are kept in training, as in the released files, and used only with --eval-mode.
+    With one image in the batch this is instance normalisation. The running averages, which nothing
+    here uses, are kept since the released files hold them.
     """
-    use_running = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.use_running:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps)
         if x.numel() == x.shape[1]:             # one value per channel equals its mean: 0 is left,
             return x * 0 + self.bias.view(1, -1, 1, 1)   # and beta. Sec. 6.3: "zeroed" activations
         mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
@@ -243,27 +252,40 @@ class Down(nn.Module):
         return self.norm(self.conv(x if self.first else F.leaky_relu(x, 0.2)))
 
 
+def smooth_grid(x: Tensor) -> Tensor:
+    """Each pixel (..., H, W) becomes the mean of itself, its right, its lower and its lower right
+    neighbour; a border repeats itself.
+
+    The kernels of a transposed convolution of stride 2 overlap in a pattern that repeats every two
+    pixels. Of two neighbours one is always an overlap, so the mean removes the pattern.
+    """
+    if torch.compiler.is_compiling():           # it cannot take the gradient of the padding below
+        x = torch.cat([x, x[..., -1:]], -1)
+        return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], -2), 2, 1)
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
+
+
 class Up(nn.Module):
     """Decoder block: ReLU, transposed convolution, BatchNorm, dropout; doubles H and W.
 
     The dropout is the noise z, and the only one: given a noise vector, G learned to ignore it
-    (Sec. 3.1). Hence it stays on at test time, unless `deterministic` (--eval-mode).
+    (Sec. 3.1). Hence it stays on at test time.
     `smooth`, ours, takes the mean of each 2 x 2 window. This removes the checkerboard that a
-    transposed convolution leaves early in training (see smooth_grid), costs some sharpness, and
-    moves the picture half a pixel up and left in each block.
+    transposed convolution leaves early in training, costs some sharpness, and moves the picture
+    half a pixel up and left in each block.
     """
-    deterministic = smooth = False
 
-    def __init__(self, c_in: int, c_out: int, dropout: bool = False, last: bool = False):
+    def __init__(self, c_in: int, c_out: int, dropout: bool = False, last: bool = False,
+                 smooth: bool = False):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.smooth = dropout, smooth
         self.conv = nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=last)
         self.norm = nn.Identity() if last else BatchNorm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.relu(x))
         x = self.norm(smooth_grid(x) if self.smooth else x)
-        return F.dropout(x, 0.5, training=True) if self.dropout and not self.deterministic else x
+        return F.dropout(x, 0.5, training=True) if self.dropout else x
 
 
 class Generator(nn.Module):
@@ -274,11 +296,14 @@ class Generator(nn.Module):
     With 8 levels and 256 x 256: down C64-C128-C256-C512-C512-C512-C512-C512 to 1 x 1, and up again
     CD512-CD512-CD512-C512-C256-C128-C64 and the output. The U-Net adds skips: up block i also sees
     what down block n - i + 1 made, so its *inputs* are those of the paper's U-Net decoder line,
-    512-1024-1024-1024-1024-512-256-128. Without skips it is the encoder-decoder (Sec. 4.3).
+    512-1024-1024-1024-1024-512-256-128. Here n counts the halvings; the paper joins layer i to
+    layer n - i with n the number of all layers, which is the same. Without skips it is the
+    encoder-decoder (Sec. 4.3).
     """
 
     def __init__(self, c_x: int = 3, c_y: int = 3, width: int = 64, levels: int = 8,
-                 skips: bool = True, bottleneck_norm: bool = False, first_dropout: int = 1):
+                 skips: bool = True, bottleneck_norm: bool = False, first_dropout: int = 1,
+                 smooth: bool = False):
         super().__init__()
         self.skips, self.multiple = skips, 2 ** levels
         channels = [width * min(2 ** i, 8) for i in range(levels)]   # 64 128 256 512 512 ...
@@ -291,7 +316,7 @@ class Generator(nn.Module):
         # which are 2 to 4 with 8 levels and only 2 and 3 with the 7 of its unet_128.
         noisy = range(1, 4) if first_dropout == 1 else range(2, levels - 3)
         self.decoder = nn.ModuleList(
-            Up(c_in, c_out, dropout=i in noisy and i < levels, last=i == levels)
+            Up(c_in, c_out, dropout=i in noisy and i < levels, last=i == levels, smooth=smooth)
             for i, (c_in, c_out) in enumerate(zip(inputs, outputs), 1))
         self.apply(initialise)
 
@@ -314,7 +339,7 @@ class PatchDiscriminator(nn.Module):
     Nobody cuts patches here. A unit of the last map sees 70 x 70 input pixels and no more, so the
     map is a grid of verdicts on overlapping patches, all judged with the same weights. The field
     grows backwards from one unit: kernel 4 and stride s make r into (r - 1) s + 4; for patch 70
-    that is 1, 4, 7, 16, 34, 70.
+    that is 1, 4, 7, 16, 34, 70. A patch at the border sees zeros beyond it, the padding.
     Unconditional (Eq. (2)): D does not see x, and can only say whether y looks like a photo.
     Paper: all convolutions have stride 2. That D would see 94 pixels; 70 needs 1 in the last two.
     """
@@ -397,47 +422,77 @@ class State:
     opt_d: torch.optim.Optimizer | None
 
 
+NEEDED = {"labels2photo": "label", "photo2labels": "label", "pairs": "A"}    # task: kind of file
+
+
+def dataset(cfg: Config, split: str, **changes) -> common.Dataset:
+    """One split. What is random about an example, its crop and flip, is the same for x and y."""
+    train = split == "train"
+    return common.Dataset(**dict(
+        data=cfg.data, split=split, size=cfg.size, jitter=train and cfg.augment == "jitter",
+        mirror=train and cfg.augment != "none", limit=cfg.limit, classes=cfg.classes,
+        direction=cfg.direction, seed=cfg.seed,
+        photos_only=cfg.task in ("colorization", "inpainting"), instances=False,
+        understood=cfg.understood) | changes)
+
+
+def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
+    """Both splits, and the config with what the data turned out to be: its classes, its task."""
+    train_set = dataset(cfg, "train").require("image")
+    cfg = replace(fit_levels(cfg), classes=train_set.classes, understood=train_set.understood)
+    if not cfg.resume and cfg.task == "labels2photo" and "label" not in train_set.roles:
+        cfg = replace(cfg, task="pairs")        # label maps that are colour images beside photos
+    train_set.require(NEEDED.get(cfg.task), "another --task may do without")
+    return cfg, train_set, dataset(cfg, "test")
+
+
 def networks(cfg: Config) -> tuple[Generator, PatchDiscriminator | None]:
     """G and D with the channels that the task calls for (colorization: 1 to 2, Sec. 6.1.1)."""
     c_x, c_y = (1, 2) if cfg.task == "colorization" else (3, 3)
-    c_x = class_table(cfg.classes).channels if cfg.one_hot else c_x
-    levels = cfg.levels or fit_levels(cfg).levels
-    generator = Generator(c_x, c_y, cfg.width, levels, cfg.generator == "unet",
-                          cfg.bottleneck_norm, cfg.first_dropout)
-    for block in generator.decoder:
-        block.smooth = cfg.smooth
+    generator = Generator(
+        c_x, c_y, cfg.width, cfg.levels or fit_levels(cfg).levels,
+        skips=cfg.generator != "encoder-decoder", bottleneck_norm=cfg.bottleneck_norm,
+        first_dropout=2 if cfg.released else 1, smooth=cfg.generator == "unet-smooth")
     if cfg.loss == "L1":
         return generator, None
-    return generator, PatchDiscriminator(c_x, c_y, cfg.width, cfg.patch, "cGAN" in cfg.loss)
+    conditional = cfg.loss in ("cGAN", "L1+cGAN")
+    return generator, PatchDiscriminator(c_x, c_y, cfg.width, cfg.patch, conditional)
+
+
+def adam(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """Both networks have the same learning rate and momentum parameters (Sec. 3.3)."""
+    optimiser = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.5, 0.999), fused=True)
+    optimiser.register_step_pre_hook(average_gradients)
+    return optimiser
 
 
 def build(cfg: Config, device: torch.device) -> State:
     """Networks and optimisers; precision, compilation and distribution go around the networks.
 
-    Both are trained by Adam with the same learning rate and momentum parameters (Sec. 3.3). All
-    processes of a run on several GPUs start from the same weights, since the seed is the same.
+    All processes of a run on several GPUs start from the same weights, since the seed is the same.
     """
     torch.manual_seed(cfg.seed)
-    nets = [net and dress(net, cfg, device) for net in networks(cfg)]
-    adam = [net and torch.optim.Adam(net.parameters(), cfg.lr, cfg.betas, fused=True)
-            for net in nets]
-    for optimiser in filter(None, adam):
-        optimiser.register_step_pre_hook(average_gradients)
-    state = State(*nets, *adam)
+    generator, discriminator = networks(cfg)
+    generator, opt_d = prepare(generator, cfg, device), None
+    opt_g = adam(generator, cfg)
+    if discriminator is not None:
+        discriminator = prepare(discriminator, cfg, device)
+        opt_d = adam(discriminator, cfg)
+    state = State(generator, discriminator, opt_g, opt_d)
     if cfg.init:
-        load(state, read(*cfg.init), " ".join(cfg.init))
+        load(state, read_weights(*cfg.init), " ".join(cfg.init))
     return state
 
 
 def make_pair(batch: dict, cfg: Config) -> dict:
     """A batch of common.Dataset with "input" x (B, c_x, H, W) and, where known, "image" y added.
 
-    Label maps become colour images, as in the paper, or one-hot channels. Colorization works in
-    Lab: x = L / 50 - 1, y = (a, b) / 110, so that G has one input and two output channels and
-    cannot change the lightness. Inpainting whitens the central square of half the side.
+    Label maps become colour images, as in the paper. Colorization works in Lab: x = L / 50 - 1,
+    y = (a, b) / 110, so that G has one input and two output channels and cannot change the
+    lightness. Inpainting whitens the central square of half the side.
     """
     if cfg.task == "colorization":
-        lab = rgb_to_lab(batch["image"])        # the definition stands with Fig. 7, in room 6
+        lab = rgb_to_lab(batch["image"])        # the definition stands with Fig. 7, further down
         return batch | {"input": lab[:, :1] / 50 - 1, "image": lab[:, 1:] / 110}
     if cfg.task == "inpainting":
         x = batch["image"].clone()              # the photo is the target, so it must stay whole
@@ -446,12 +501,9 @@ def make_pair(batch: dict, cfg: Config) -> dict:
         return batch | {"input": x}
     if "input" in batch:
         return batch                            # pairs of images: nothing to make
-    table = class_table(cfg.classes)
-    colours = colour_label(batch["label"], table)                                # (B, 3, H, W)
+    colours = colour_label(batch["label"], class_table(cfg.classes))             # (B, 3, H, W)
     if cfg.task == "photo2labels":
         return batch | {"input": batch["image"], "image": colours}
-    if cfg.one_hot:
-        colours = F.one_hot(batch["label"], table.channels).movedim(-1, 1).float().contiguous()
     return batch | {"input": colours}
 
 
@@ -477,7 +529,7 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         loss_gan = generator_loss(D(x, y_hat))
         objective, losses["g_gan"] = loss_gan, loss_gan.detach()
     loss_l1 = l1_loss(y_hat, y)                 # without lambda; logged even where not trained on
-    if "L1" in cfg.loss:
+    if cfg.loss in ("L1", "L1+GAN", "L1+cGAN"):
         objective = objective + cfg.lambda_l1 * loss_l1
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward()
@@ -488,11 +540,11 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 
 
 def learning_rate(cfg: Config, epoch: int) -> float:
-    """Constant in the paper. PyTorch release (--decay): full for half the epochs, then down in
-    equal steps, which reach 0 in the release's last epoch and after the last epoch here."""
+    """Constant in the paper. PyTorch release: full for half the epochs, then down in equal steps,
+    which reach 0 in its last epoch, and after the last epoch here."""
     half = cfg.epochs // 2
     falling = max(0, epoch + 1 - half) / (cfg.epochs - half + 1)     # epoch counts from 0
-    return cfg.lr * (1 - falling) if cfg.decay else cfg.lr
+    return cfg.lr * (1 - falling) if cfg.decay or cfg.released else cfg.lr
 
 
 def train(cfg: Config, stored: dict | None = None) -> Path:
@@ -508,44 +560,12 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
                            cfg.steps)
     with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:
-            for optimiser in filter(None, (state.opt_g, state.opt_d)):
-                optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
+            for optimiser in (state.opt_g, state.opt_d):
+                if optimiser is not None:
+                    optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
             for batch in loader:                # what is left of this epoch
                 run.done(train_step(state, make_pair(batch, cfg), cfg))
     return run.end()
-
-
-def rename_released(stored: dict, path: Path) -> dict:
-    """The authors' PyTorch files (a plain state dict of G or of D) under our names.
-
-    Their U-Net is nested: level i + 1 is submodule 3 of level i (submodule 1 of the outermost), so
-    its keys carry i prefixes. Layers without parameters own an index too: hence 1, 2, 5 and 6.
-    """
-    if {"model.model.0.weight", "model.model.3.weight"} <= stored.keys():
-        n = sum(k.endswith(".1.weight") for k in stored) + 1          # one down-convolution a level
-        names = {"model.model.0": "encoder.0.conv", "model.model.3": f"decoder.{n - 1}.conv"}
-        for i in range(1, n):
-            prefix, last = "model.model.1.model." + "3.model." * (i - 1), i == n - 1
-            names |= {f"{prefix}1": f"encoder.{i}.conv", f"{prefix}2": f"encoder.{i}.norm"}
-            names |= {f"{prefix}{3 if last else 5}": f"decoder.{n - 1 - i}.conv",
-                      f"{prefix}{4 if last else 6}": f"decoder.{n - 1 - i}.norm"}
-        split = {k: k.rpartition(".") for k in stored}                 # module, ".", tensor
-        return {"generator": {f"{names.get(module, module)}.{tensor}": stored[k]
-                              for k, (module, _, tensor) in split.items()}}
-    raise UserError(f"{path}: no checkpoint of pix2pix.py and no released generator; its first key "
-                    f"is {next(iter(stored), 'missing')}")
-
-
-def released_config(stored: dict, given: dict) -> dict:
-    """The settings that the authors' generator has, read off the shapes of its weights.
-
-    Nothing else is in their files. Two output channels can only be colorization.
-    """
-    weights = stored["generator"]
-    n = sum(k.startswith("encoder.") and k.endswith("conv.weight") for k in weights)
-    c_y = weights[f"decoder.{n - 1}.conv.weight"].shape[1]
-    return dict(levels=n, width=len(weights["encoder.0.conv.weight"]), first_dropout=2, loss="L1",
-                task="pairs" if c_y == 3 else "colorization")
 
 
 # -------------------------------------------------------------------------------- 5 Sampling
@@ -570,11 +590,6 @@ def test_time(state: State, cfg: Config) -> Generator:
     """
     generator = networks(cfg)[0].to(next(state.generator.parameters()).device)
     generator.load_state_dict(state.generator.state_dict())
-    for module in generator.modules():
-        if isinstance(module, BatchNorm):
-            module.use_running = cfg.eval_mode
-        elif isinstance(module, Up):
-            module.deterministic = cfg.eval_mode
     return generator.eval()
 
 
@@ -587,38 +602,52 @@ def to_rgb(value: Tensor, pair: dict, cfg: Config) -> Tensor:
     """An input or output of G as a picture (B, 3, H, W) in [-1, 1]."""
     if cfg.task == "colorization" and value.shape[1] == 2:
         return lab_to_rgb(torch.cat([50 * (pair["input"] + 1), 110 * value], 1))
-    if cfg.one_hot and value is pair["input"]:
-        return colour_label(value.argmax(1), class_table(cfg.classes))
+    if cfg.understood.get("image", {}).get("grey") and value is not pair["input"]:
+        value = value.mean(1, keepdim=True)     # of grey photos only grey can be right
     return value.expand(-1, 3, -1, -1) if value.shape[1] == 1 else value
 
 
-def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
-    """Input | output | truth of six test examples, evenly spread, two a row."""
-    generator, tiles, n = test_time(state, cfg), [], min(6, len(test_set))
+def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
+    """Input | output | truth of six test examples, evenly spread, two a row. Returns the outputs
+    (6, 3, H, W)."""
+    generator, tiles, outputs, n = test_time(state, cfg), [], [], min(6, len(test_set))
     for i in range(n):
         pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
-        torch.manual_seed(cfg.seed)             # the same noise in every grid
-        values = [pair["input"], translate(generator, pair["input"]), pair.get("image")]
-        tiles += [to_rgb(value, pair, cfg).cpu() for value in values if value is not None]
+        torch.manual_seed(draw_seed(cfg.seed, pair["name"]))       # the same noise in every grid
+        y_hat = translate(generator, pair["input"])
+        outputs.append(to_rgb(y_hat, pair, cfg).cpu())
+        tiles += [to_rgb(pair["input"], pair, cfg).cpu(), outputs[-1]]
+        if "image" in pair:
+            tiles.append(to_rgb(pair["image"], pair, cfg).cpu())
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
+    return torch.cat(outputs)
 
 
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """Outputs for --input, a file or a folder of any sizes, or for the test split.
 
     An output has the size of its input; `size` resizes the inputs first. Several samples differ by
-    their dropout; the paper observes "only minor stochasticity" (Sec. 3.1).
+    their dropout, drawn for each image and each sample; the paper observes "only minor
+    stochasticity" (Sec. 3.1). Of photo2labels the class ids are written, too.
     """
     generator, target = test_time(state, cfg), Path(cfg.output or Path(cfg.out, "test"))
     role = {"labels2photo": "label", "colorization": "image", "inpainting": "image"}
-    items = dataset(cfg, "test").has(NEEDED.get(cfg.task)) if not cfg.input else common.Dataset(
-        files=common.input_files(cfg.input, role.get(cfg.task, "A")), classes=cfg.classes,
-        size=size)
+    if cfg.input:
+        files = common.input_files(cfg.input, role.get(cfg.task, "A"))
+        items = common.Dataset(files=files, classes=cfg.classes, size=size,
+                               understood=cfg.understood)
+        common.notice_scale(items, cfg.understood, cfg.size)
+    else:
+        items = dataset(cfg, "test").require(NEEDED.get(cfg.task))
     for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
         pair = test_pair(item, state, cfg)
         for k, path in enumerate(paths):
-            torch.manual_seed(cfg.seed + k)
-            save_images(to_rgb(translate(generator, pair["input"]), pair, cfg), path)
+            torch.manual_seed(draw_seed(cfg.seed, pair["name"], k))
+            y_hat = translate(generator, pair["input"])
+            save_images(to_rgb(y_hat, pair, cfg), path)
+            if cfg.task == "photo2labels":
+                ids = nearest_colour(y_hat, class_table(cfg.classes))[0].cpu().numpy()
+                common.save_picture(ids.astype(np.uint8), path.with_name(f"{path.stem}_ids.png"))
     return target
 
 
@@ -694,18 +723,19 @@ def evaluate(cfg: Config, state: State) -> dict:
     to labels (Table 6) the output's colours are read as the nearest classes, without a network.
     """
     generator, out = test_time(state, cfg), Path(cfg.out)
-    test_set = dataset(cfg, "test").has("image").has(NEEDED.get(cfg.task))
+    test_set = dataset(cfg, "test").require("image").require(NEEDED.get(cfg.task))
+    if cfg.task == "labels2photo":
+        test_set.require_scored()
     device = next(generator.parameters()).device
     table, scorer = class_table(cfg.classes) if cfg.classes else None, None
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
         photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
-        scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg, cfg.scorer_width,
-                                   cfg.scorer_steps)
+        scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
     scored = table is not None and cfg.task in ("labels2photo", "photo2labels")
     confusion, histograms, l1, tiles = {}, {}, [], []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair = test_pair(test_set[i], state, cfg)
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(draw_seed(cfg.seed, pair["name"]))
         y_hat = translate(generator, pair["input"])
         l1.append(l1_loss(y_hat, pair["image"]).item())
         views = {"output": to_rgb(y_hat, pair, cfg), "truth": to_rgb(pair["image"], pair, cfg)}
@@ -734,29 +764,25 @@ def report(metrics: dict, cfg: Config) -> None:
         if values:
             print(f"  {name:46}" + "".join(f"{v:8.{digits}f}" for v in values))
 
+    g, d, loss = cfg.generator.removesuffix("-smooth"), f"{cfg.patch} x {cfg.patch}", cfg.loss
     print(f"\n{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
     print(f"\nFig. 7d, histogram intersection {'L':>23}{'a':>8}{'b':>8}")
     line("this run", metrics["histogram intersection"], 3)
-    pixel = (cfg.loss, cfg.patch) == ("L1+cGAN", 1)
-    line("paper, Cityscapes", FIGURE_7.get("PixelGAN" if pixel else cfg.loss))
+    line("paper, Cityscapes", FIGURE_7.get("PixelGAN" if cfg.patch == 1 else loss))
     if "output" not in metrics:                 # neither the task nor the data knows label maps
         return
-    labels, unet = cfg.task == "photo2labels", cfg.generator == "unet"
-    print(f"\n{'Labels by nearest colour' if labels else 'FCN-score, by our own scorer':32}"
-          f"{'per-pixel':>23}{'class':>8}{'IOU':>8}")
-    line(f"this run: {cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}",
-         metrics["output"].values(), 3)
+    print(f"\nSegmentation {'per-pixel':>42}{'class':>8}{'IOU':>8}")
+    line(f"this run: {g}, {loss}, {d}", metrics["output"].values(), 3)
     line("the truth, scored alike", metrics["truth"].values(), 3)
-    if labels:
-        line(f"paper, Cityscapes, Table 6, {cfg.loss}", TABLE_6.get(cfg.loss))
+    if cfg.task == "photo2labels":
+        line(f"paper, Cityscapes, Table 6, {loss}", TABLE_6.get(loss))
         return
     line("paper, Cityscapes, Table 1, ground truth", TABLE_1["ground truth"])
-    line(f"paper, Cityscapes, Table 2, {cfg.generator}, {cfg.loss}",
-         TABLE_2.get((cfg.generator, cfg.loss)))
-    if unet and cfg.patch == 70:
-        line(f"paper, Cityscapes, Table 1, {cfg.loss}", TABLE_1[cfg.loss])
-    if unet and cfg.loss == "L1+cGAN":
-        line(f"paper, Cityscapes, Table 3, {cfg.patch} x {cfg.patch}", TABLE_3.get(cfg.patch))
+    line(f"paper, Table 2, batch 10, {g}, {loss}", TABLE_2.get((g, loss)))
+    if g == "unet" and cfg.patch == 70:
+        line(f"paper, Cityscapes, Table 1, {loss}", TABLE_1[loss])
+    if g == "unet" and loss == "L1+cGAN":
+        line(f"paper, Cityscapes, Table 3, {d}", TABLE_3.get(cfg.patch))
 
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
@@ -772,64 +798,29 @@ def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-# ------------------------------------------------------------------------------- 7 Machinery
-# What trains any network. Nothing below is the paper's, and from pick_device on it is word for word
-# the same in the four scripts.
-
-NAME = "pix2pix"
-NETWORKS = ("generator", "discriminator")       # in State; the first is what testing needs
-MODES = ("train", "sample", "evaluate", "check", "trace")
-CALL = {"preset": ("train", "check", "trace"), "resume": ("train",), "input": ("sample",),
-        "checkpoint": ("sample", "evaluate"), "output": ("sample",), "samples": ("sample",)}
-# What may differ from the checkpoint when a run goes on, and when it is tested.
-FREE = {"data", "epochs", "steps", "save_every", "gpu", "workers", "precision", "compile",
-        "channels_last", "out", *CALL} - {"preset"}
-FREE_AT_TEST = FREE | {"size", "limit", "seed", "eval_mode", "vgg", "scorer_width", "scorer_steps"}
-NEEDED = {"labels2photo": "label", "photo2labels": "label", "pairs": "A"}    # task: kind of file
-ALONE = {"compile": False}                      # settings of a network that is tested, not trained
-
-
-def dataset(cfg: Config, split: str, **more) -> common.Dataset:
-    train = split == "train"
-    return common.Dataset(**dict(
-        data=cfg.data, split=split, size=cfg.size, jitter=train and cfg.jitter, limit=cfg.limit,
-        mirror=train and cfg.mirror, classes=cfg.classes, direction=cfg.direction, seed=cfg.seed,
-        photos_only=cfg.task in ("colorization", "inpainting"), instances=False) | more)
-
-
-def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
-    """Both splits, and the config with what the data turned out to be: its classes, its task."""
-    train_set = dataset(cfg, "train").has("image")
-    cfg = replace(fit_levels(cfg), classes=train_set.classes)
-    if not cfg.resume and cfg.task == "labels2photo" and "label" not in train_set.roles:
-        cfg = replace(cfg, task="pairs")        # label maps that are colour images beside photos
-    return cfg, train_set.has(NEEDED.get(cfg.task)), dataset(cfg, "test")
-
-
-def schedule(cfg: Config) -> set[str]:
-    """The settings that the learning rate follows."""
-    return {"epochs"} if cfg.decay else set()
-
+# -------------------------------------------------------------------------------- 7 The run
+# Device, checkpoint, log, stop: what any training needs. Nothing of it is the paper's, and all of
+# it is word for word the same in the four scripts.
 
 def pick_device(cfg: Config) -> torch.device:
-    """The device of this process. Under torchrun it also joins the other processes."""
+    """The device of this process. Under torchrun it also joins the other processes, and each has a
+    GPU of its own, whichever --gpu names."""
     n, torchrun = torch.cuda.device_count(), dist.is_torchelastic_launched()
-    rank = os.environ["LOCAL_RANK"] if torchrun else None
-    gpu = cfg.gpu if cfg.gpu is not None else int(rank or 0) if n else -1
-    if gpu >= n or gpu >= 0 and cfg.gpu is not None and rank:
-        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
-        raise UserError(f"--gpu {gpu}: this machine has {here}; -1 is the CPU; under torchrun, "
-                        "which gives each process its own, leave the flag out")
+    gpu = min(n, 1) - 1 if cfg.gpu is None else cfg.gpu          # the first, or none: -1
+    if torchrun and gpu >= 0:
+        gpu = int(os.environ["LOCAL_RANK"])
+    if gpu >= n:
+        raise UserError(f"--gpu {gpu}: this machine has {n} GPU(s), from 0 on; --gpu -1 is the CPU")
     if gpu >= 0:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
-    if rank and not dist.is_initialized():
+    if torchrun and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu >= 0 else "gloo")
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", gpu) if gpu >= 0 else torch.device("cpu")
 
 
-def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+def prepare(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """A network on its device, with memory order, precision and compilation as asked for."""
     last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
     net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -837,7 +828,7 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if cfg.precision == "bf16":                 # losses and optimisers stay in float32
         forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-        net.forward = lambda *x: common.to_float(forward(*x))
+        net.forward = lambda *x: tree_map(lambda y: y.float(), forward(*x))
     if cfg.compile:
         net.compile()                           # in place: names in the checkpoint stay as they are
     return net
@@ -853,35 +844,48 @@ def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def read(*paths: str | Path) -> dict:
+def read_weights(*paths: str | Path) -> dict:
     """The content of checkpoints; of the authors' files, their weights under our names."""
     content = {}
-    for path in paths:
-        stored = common.load_file(Path(path), f"train first, or name a checkpoint of {NAME}.py")
+    for path in map(Path, paths):
+        stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
         if "script" not in stored:
-            stored = rename_released({str(k).removeprefix("module."): v for k, v in stored.items()},
-                                     Path(path))
+            stored = {str(key).removeprefix("module."): value for key, value in stored.items()}
+            stored = rename_released(stored, path)
         elif stored["script"] != NAME:
             raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
-        elif not isinstance(stored.get(NETWORKS[0]), dict):
-            raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
         content = stored | content
     return content
 
 
-def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+def load(state: State, stored: dict, path: str | Path, everything: bool = False) -> None:
     """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
-    if not names:
-        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    if NETWORKS[0] not in names:
+        raise UserError(f"{path}: holds {', '.join(stored)}, but no {NETWORKS[0]} for this run")
     for name in names:
         value = getattr(state, name)
-        if hasattr(value, "load_state_dict"):
-            common.fill(value, stored.get(name), f"{where}: {name}")
-        else:                                   # a tensor, a number, or None
-            setattr(state, name, stored.get(name))
-    stored.clear()                              # no second copy stays in memory
+        try:
+            if isinstance(value, torch.optim.Optimizer):
+                load_moments(value, stored[name])
+            elif hasattr(value, "load_state_dict"):
+                value.load_state_dict(stored[name])
+            else:                               # a tensor, a number, or None
+                setattr(state, name, stored[name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: its {name} is of another version or size than this run's "
+                            f"({' '.join(str(error).split()):.160})")
+
+
+def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:
+    """An optimiser's moments, each in the memory order of its parameter: the fused update pairs
+    their values as they lie in memory. Its rates are the config's."""
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for parameter, moments in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 class Run:
@@ -894,164 +898,188 @@ class Run:
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
                  stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
-        self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
-        path = Path(cfg.out, "checkpoint.pt")
+        self.log, self.pending, self.asked, self.before = [], [], 0, {}   # asked: by which signal
         if stored:                              # --resume
-            common.fill(loader, stored.get("place"), f"{path}: place")
-            self.log = stored.get("log", [])
-            load(state, stored, str(path), everything=True)
-        elif cfg.out and path.exists():
+            load(state, stored, cfg.out, everything=True)
+            loader.load_state_dict(stored["place"])
+            self.log = stored["log"]
+        elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
             raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
                             "larger --epochs or --steps goes on")
-        self.kept = loader.state_dict()         # the place at which all was saved
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
-            cfg = replace(cfg, out=cfg.out or str(common.free_folder(NAME)), resume=False)
-            self.lock = common.lock(Path(cfg.out))
-            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            cfg = replace(cfg, out=cfg.out or str(new_folder(NAME)))
+            if not stored:
+                common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
+                                ("samples",))
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
                   f"{loader.per_epoch} an epoch; in {cfg.out}")
-        self.cfg = cfg
+        self.cfg, self.dead, self.finished, self.saved = cfg, False, loader.step, loader.step
+        self.clock, self.cost = time.perf_counter(), 0.0    # of the last save: when, how long
 
     def __enter__(self) -> "Run":
         loader = self.loader
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
-        heard = [n for n in common.STOPPING if signal.getsignal(n) != signal.SIG_IGN]    # nohup
-        self.before = {number: signal.signal(number, self.stop) for number in heard}
+        if threading.current_thread() is threading.main_thread():         # others get no signals
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:            # as nohup sets it
+                    self.before[number] = signal.signal(number, self.stop)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type, error: BaseException, trace) -> None:
+        """An error between two steps, as a file that cannot be read, costs none of them."""
+        if error and self.loader.rank == 0 and self.saved < self.finished == self.loader.step:
+            self.save()
         self.bar.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.loader.rank == 0:
-            self.lock.close()
 
     def stop(self, number: int, frame) -> None:
         self.asked = number
         signal.signal(number, self.before[number])
 
-    def stopped(self, now: bool = False) -> bool:
+    def stopped(self) -> bool:
         """Whether any process was told to stop: all must leave at the same step."""
-        now |= self.loader.world == 1 or self.loader.step % 10 == 0
-        if now and self.loader.world > 1:       # asking makes everyone wait
+        now = self.loader.world == 1 or self.loader.step % 10 == 0
+        if self.loader.world > 1 and now:       # asking makes everyone wait
             told = torch.tensor(self.asked, device=self.loader.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
             self.asked = int(told)
         return now and self.asked > 0
 
     def done(self, losses: dict[str, Tensor]) -> None:
-        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures."""
+        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures, if
+        that costs less than a tenth of the time; after half an hour in any case."""
         loader = self.loader
         loader.over |= self.stopped()
+        self.finished = loader.step
         if loader.rank == 0:
             self.bar.update()
-            self.pending.append(losses)         # on the device still: no step waits for them
-            saving = loader.over or loader.step % (self.cfg.save_every or loader.per_epoch) == 0
+            self.pending.append(torch.stack(list(losses.values())))      # on the device still
+            since = time.perf_counter() - self.clock
+            due = since > 1800 or loader.step % loader.per_epoch == 0
+            saving = loader.over or due and since > 9 * self.cost
             if saving or loader.step % 20 == 0:
-                self.note()
+                self.note(list(losses))
             if saving:
                 self.save()
 
-    def note(self) -> None:
+    def note(self, names: list[str]) -> None:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        names, step, epoch = list(self.pending[0]), self.loader.step, self.loader.epoch
-        values = torch.stack([torch.stack(list(losses.values())) for losses in self.pending]).cpu()
-        for i, k in (~values.isfinite()).nonzero().tolist():
-            bad = step + 1 + i - len(values)
-            raise UserError(f"loss {names[k]} is {values[i, k]} at step {bad}: stopped; the last "
-                            "good checkpoint is kept. A smaller --lr may help")
-        self.log.append({"step": step, "epoch": epoch} | self.loader.speed() | {
-            name: f"{value:.5g}" for name, value in zip(names, values.mean(0).tolist())})
+        means, self.pending = torch.stack(self.pending).mean(0).tolist(), []
+        losses = dict(zip(names, means))
+        if not np.isfinite(means).all():
+            self.saved = self.finished          # nothing of this is worth keeping
+            raise UserError(f"step {self.loader.step}: {losses}: stopped; the last good checkpoint "
+                            "is kept. A smaller --lr may help")
+        of_d = [value for name, value in losses.items() if name.startswith("d_")]
+        self.dead = len(of_d) > 0 and sum(of_d) < 1e-6           # D is always right
+        self.log.append({"step": self.loader.step, "epoch": self.loader.epoch}
+                        | self.loader.speed() | {k: f"{value:.5g}" for k, value in losses.items()})
         self.bar.set_postfix(self.log[-1])
-        self.pending = []
 
     def save(self) -> None:
-        """The checkpoint: everything that --resume needs, as plain tensors and numbers. Pictures.
-
-        It comes first and whole; a full disk, or nobody who reads what is printed, costs no work.
-        """
-        out, self.kept = Path(self.cfg.out), self.loader.state_dict()
+        """Pictures, which never end a run. Then the checkpoint: everything that --resume needs, as
+        tensors and numbers; a run that died in finite numbers keeps the last one before."""
+        out, begun, dead = Path(self.cfg.out), time.perf_counter(), self.dead
+        if not self.asked:                      # who wants to stop does not wait for pictures
+            try:
+                images = sample_grid(self.state, self.cfg, self.test_set,
+                                     out / "samples" / f"{self.loader.step:07d}.png")
+                equal = len(images) > 1 and images.diff(dim=0).abs().max() < 0.01
+                dead = bool(dead or equal or images.abs().mean() > 0.98)
+            except (UserError, OSError, RuntimeError) as error:
+                notice(f"no pictures at step {self.loader.step}: {error}")
+        if dead and (out / "checkpoint.pt").exists() and not (out / "alive.pt").exists():
+            shutil.copyfile(out / "checkpoint.pt", out / "alive.pt")
+            self.bar.write(f"step {self.loader.step}: this run looks dead, D's loss is 0 or all "
+                           f"outputs are equal or saturated; {out / 'alive.pt'} keeps the last "
+                           "checkpoint before. A smaller --lr may help")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
-            "script": NAME, "config": asdict(self.cfg), "log": self.log, "place": self.kept},
-            out / "checkpoint.pt")
+            "script": NAME, "config": asdict(self.cfg), "log": self.log,
+            "place": self.loader.state_dict()}, out / "checkpoint.pt")
+        self.saved = self.loader.step
+        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
         if self.log:
-            common.plot_log(self.log, out)
+            plot_log(self.log, out)
             self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
-        if not self.asked:                      # who wants to stop does not wait for pictures
-            sample_grid(self.state, self.cfg, self.test_set,
-                        out / "samples" / f"{self.loader.step:07d}.png")
         self.loader.speed()                     # saving and drawing are not training
+        self.clock, self.cost = time.perf_counter(), time.perf_counter() - begun
 
     def end(self) -> Path:
-        """After the last step. Whoever was stopped elsewhere, in a search, has yet to save."""
-        if self.loader.rank == 0 and self.kept != self.loader.state_dict():
-            self.save()
+        """After the last step."""
+        if self.asked and self.loader.rank == 0:
+            print(f"stopped at step {self.loader.step} and saved; to go on: "
+                  f"python {NAME}.py --resume --out {self.cfg.out}")
         if self.asked:
-            if self.loader.rank == 0:
-                print(f"stopped at step {self.loader.step} and saved; to go on: "
-                      f"python {NAME}.py --resume --out {self.cfg.out}")
             sys.exit(128 + self.asked)
         return Path(self.cfg.out)
 
 
-# ---------------------------------------------------------------------------- 8 Command line
-
-def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
-    """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    ours = "script" in stored
-    if not ours and not given.keys() & {"data", "input"}:
-        raise UserError(f"{where}: released weights know no dataset; say --input or --data")
-    config = stored.get("config") if ours else released_config(stored, given)
-    try:
-        cfg = Config(**config)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: damaged, or of another version ({error}); start a run from its "
-                        "weights with --init")
-    for name, value in given.items():
-        if ours and name not in free and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} contradicts {where}, which was trained with "
-                            f"{getattr(cfg, name)}; leave the flag out")
-        if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
-            notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
-                   f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": ()} | given)
-    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
-        common.same_classes(dataset(cfg, "test"), cfg.classes)
-    return cfg
+def plot_log(log: list[dict], out: Path) -> None:
+    """log.csv, and losses.png, whose curves are means over ten of its rows."""
+    lines = [log[0], *(row.values() for row in log)]
+    (out / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    figure, n = matplotlib.figure.Figure(figsize=(8, 4.5)), min(10, len(log))
+    axes = figure.subplots()
+    for name in list(log[0])[4:]:                # after step, epoch and the loader's speed
+        mean = np.convolve([float(row[name]) for row in log], np.ones(n) / n, "valid")
+        axes.plot([row["step"] for row in log[n - 1:]], mean, ".-", label=name)
+    axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(out / "losses.png", dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    mode, given = common.parse(words, Config, NAME, MODES, CALL, __doc__)
-    runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
-        Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
-    paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
-    if testing or given.get("resume"):
-        stored, given = read(*paths), {"out": common.run_of(paths[0])} | given
-        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
-    else:
-        stored = None
-        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
-    if testing:
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        load(state, stored, where)
-        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
-            cfg = replace(cfg, out=str(common.free_folder(NAME)))
-        run_mode(mode, cfg, state, given)
-    elif mode == "train":
-        train(cfg, stored)
-    elif mode == "check":
-        common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                          Path(cfg.out or common.free_folder("check")))
-    else:
-        trace(cfg)
+def new_folder(kind: str) -> Path:
+    """The next free runs/<kind>-N, made."""
+    path = next(p for n in itertools.count(1) if not (p := Path("runs", f"{kind}-{n}")).exists())
+    path.mkdir(parents=True)
+    return path
+
+
+# ------------------------------------------------- 8 Command line and the authors' files
+
+def rename_released(stored: dict, path: Path) -> dict:
+    """The authors' PyTorch files (a plain state dict of G or of D) under our names.
+
+    Their U-Net is nested: level i + 1 is submodule 3 of level i (submodule 1 of the outermost), so
+    its keys carry i prefixes. Layers without parameters own an index too: hence 1, 2, 5 and 6.
+    """
+    if {"model.model.0.weight", "model.model.3.weight"} <= stored.keys():
+        n = sum(k.endswith(".1.weight") for k in stored) + 1          # one down-convolution a level
+        names = {"model.model.0": "encoder.0.conv", "model.model.3": f"decoder.{n - 1}.conv"}
+        for i in range(1, n):
+            prefix, last = "model.model.1.model." + "3.model." * (i - 1), i == n - 1
+            names |= {f"{prefix}1": f"encoder.{i}.conv", f"{prefix}2": f"encoder.{i}.norm"}
+            names |= {f"{prefix}{3 if last else 5}": f"decoder.{n - 1 - i}.conv",
+                      f"{prefix}{4 if last else 6}": f"decoder.{n - 1 - i}.norm"}
+        split = {k: k.rpartition(".") for k in stored}                 # module, ".", tensor
+        return {"generator": {f"{names.get(module, module)}.{tensor}": stored[k]
+                              for k, (module, _, tensor) in split.items()}}
+    raise UserError(f"{path}: no checkpoint of pix2pix.py and no released generator; its first key "
+                    f"is {next(iter(stored), 'missing')}")
+
+
+def released_config(stored: dict, given: dict) -> dict:
+    """The settings that the authors' generator has, read off the shapes of its weights.
+
+    Nothing else is in their files. Two output channels can only be colorization.
+    """
+    weights = stored["generator"]
+    n = sum(k.startswith("encoder.") and k.endswith("conv.weight") for k in weights)
+    c_y = weights[f"decoder.{n - 1}.conv.weight"].shape[1]
+    return dict(levels=n, width=len(weights["encoder.0.conv.weight"]), released=True, loss="L1",
+                task="pairs" if c_y == 3 else "colorization")
+
+
+def for_testing(cfg: Config) -> Config:
+    """The config with which a network is built to be tested."""
+    return replace(cfg, compile=False)
 
 
 def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
@@ -1071,6 +1099,69 @@ def trace(cfg: Config) -> None:
     common.trace_step({name: getattr(state, name) for name in NETWORKS},
                       lambda: train_step(state, pair, cfg))
     print(f"on {device}; a unit of D sees {cfg.patch} x {cfg.patch} pixels")
+
+
+# From here on to the end it is word for word the same in the four scripts again.
+
+def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config:
+    """A checkpoint's config with the given flags; those not free must not contradict it."""
+    ours, free = "script" in stored, ("call", "resume", "test") if testing else ("call", "resume")
+    if not ours and not given.keys() & {"data", "input"}:
+        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
+    config = dict(stored["config"] if ours else released_config(stored, given))
+    for f in common.flags(Config):
+        if f.metadata["free"] == "call":
+            config.pop(f.name, None)
+        trained = config.get(f.name)
+        if ours and f.metadata["free"] not in free and given.get(f.name, trained) != trained:
+            raise UserError(f"{flag(f.name)} {given[f.name]} contradicts {path}, which was trained "
+                            f"with {trained}; leave the flag out")
+    try:
+        cfg = Config(**config | given)
+    except TypeError as error:
+        raise UserError(f"{path}: of another version ({error}); --init starts a run from it")
+    if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
+        common.same_classes(dataset(cfg, "test"), cfg.classes)
+    return cfg
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    mode, given = common.parse(words, Config, NAME, MODES, __doc__)
+    testing, stored = mode not in ("train", "check", "trace"), None
+    if testing or given.get("resume"):
+        newest = max(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime,
+                     default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
+        if "out" in given:
+            newest = Path(given["out"], "checkpoint.pt")
+        paths = given.get("checkpoint", (newest,))
+        stored, path = read_weights(*paths), " ".join(map(str, paths))
+        if Path(paths[0]).name == "checkpoint.pt":          # it lies in its run's folder
+            given = {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, path, given, testing)
+    elif "checkpoint" in given:
+        raise UserError("--checkpoint goes with --resume here; --init starts a run from weights")
+    else:
+        cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
+    if testing:
+        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
+            cfg = replace(cfg, out=str(new_folder(NAME)))
+        if not cfg.output:                      # tried first, not after the work
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            if not os.access(cfg.out, os.W_OK):
+                raise UserError(f"--out {cfg.out}: may not be written; name another --out")
+        cfg = for_testing(cfg)
+        state = build(cfg, pick_device(cfg))
+        load(state, stored, path)
+        run_mode(mode, cfg, state, given)
+    elif mode == "train":
+        train(cfg, stored)
+    elif mode == "check":
+        common.check_data([dataset(cfg, split) for split in ("train", "test")],
+                          Path(cfg.out or new_folder("check")))
+    else:
+        trace(cfg)
 
 
 if __name__ == "__main__":

@@ -11,75 +11,83 @@ steadies the training without any pixel loss. Two inputs are added to the label 
 between objects, and a few numbers per object that an encoder computes from the real photo. Chosen
 freely at test time, these numbers give each car its own colour.
 
-Symbols     s  batch["input"], one-hot labels and boundaries     x  batch["image"]
-            x_hat = G(s, E(x))     z = E(x), averaged over each object     D_k  scale k, 1 finest
+Symbols     s  batch["input"], one-hot labels and boundaries     x  batch["image"], the photo
+            z  a few numbers per object: E(x), averaged over each object, or at test time drawn
+            x_hat = G(s, z)     D_k  the discriminator of scale k, 1 being the finest
 
-Paper map   (a test reads these lines: every name must exist, and nothing numbered may be missing)
+Paper map
     Eq. (1)     conditional GAN loss               discriminator_loss, generator_loss
     Eq. (2)     several discriminators             MultiScaleDiscriminator, discriminator_loss
     Eq. (3)     feature matching                   feature_matching_loss
     Eq. (4)     the objective, lambda = 10         train_step
-    Sec. 3.2    coarse to fine                     Generator, plan, grow
+    Sec. 3.2    coarse to fine                     Generator, plan, enter
     Sec. 3.3    instance boundaries                boundary_map
     Sec. 3.4    encoder, K-means, sampling         Encoder, instance_average, kmeans, draw_styles
     Sec. 4      perceptual loss (unnumbered)       perceptual_loss
     Table 1     pixel accuracy and mean IoU        evaluate
     Table 2     pairwise preferences               needs people; sample makes its images
     Fig. 1      synthesis and editing              sample, Editor
-    Fig. 2      edges to faces and cats            PRESETS, edges2photo
+    Fig. 2      edges to faces and cats            train --preset edges2photo
     Fig. 3      G1 inside G2                       Generator
-    Fig. 4      with and without boundaries        boundary_map, with --no-boundary
+    Fig. 4      with and without boundaries        sample, after train --no-boundary
     Fig. 5      the feature map                    Encoder, instance_average
     Fig. 6      preference after a short look      needs people
-    Fig. 7      Cityscapes, by loss                sample, with --loss
+    Fig. 7      Cityscapes, by loss                sample, after train --loss GAN+FM
     Fig. 8      NYU                                sample, on your own --data
-    Fig. 9      Cityscapes in detail               sample, with --loss
-    Fig. 10     ADE20K                             sample, with --data
-    Fig. 11     editing faces by their parts       PRESETS, helen, Editor
-    Slides      generators and D scales compared   evaluate, with --generator and --scales
+    Fig. 9      Cityscapes in detail               sample, after train --loss GAN+FM
+    Fig. 10     ADE20K                             sample, on your own --data
+    Fig. 11     editing faces by their parts       train --preset helen, Editor
+    Slides      one D or three                     evaluate, after train --scales 1
+    Slides      U-Net, CRN or G1                   tests/tables.py pix2pixhd-generators
 
-Stages      one command trains all, one after the other; --stage NAME trains one alone
-    stage     size  trained       frozen  learning rate            Adam is new for  scales of D
-    global    1/2   G1, E, D      -       lr, falls in 2nd half    G1, E, D         scales - 1
-    enhancer  1     G2, E, D      G1      lr                       G2, E, D         scales
-    joint     1     G1, G2, E, D  -       lr, falls in 2nd half    G1, G2, E        scales
-    The enhancer and the joint stage share one schedule of --fine-epochs. With --enhancers 2, G1
-    begins at 1/4 of the size with scales - 2, and an enhancer and a joint stage follow for G3. A
-    new enhancer, the output layer and the new finest D start from random weights; all others
-    start from those of the stage before. With --stored-features E is trained in the first alone.
+Stages      one command trains all, one after the other; what has 0 epochs is left out
+    stage     size  trained       frozen  learning rate           Adam is new for  scales of D
+    global    1/2   G1, E, D      -       lr, falls in 2nd half   G1, E, D         scales - 1
+    enhancer  1     G2, E, D      G1      lr                      G2, E, D         scales
+    joint     1     G1, G2, E, D  -       lr, falls later on      G1, G2, E        scales
+    The enhancer and the joint stage share one schedule, which falls in its second half: of 10 + 90
+    epochs, the rate is full until the 41st of the 90 joint ones and falls from the 42nd on. With
+    --enhancers 2, G1 begins at 1/4 of the size with scales - 2, and an enhancer and a joint stage
+    follow for G3. A new enhancer, the output layer and the new finest D start from random weights;
+    all others go on from the stage before. With --released E is trained in the first alone.
 
 Paper                             | Released code                     | Here
     three discriminators          | two at 512 x 1024, three above    | 3 at any size (--scales);
                                   |                                   |   2 for G1 before G2
-    feature matching is summed    | averaged over the scales          | summed; --fm-mean
+    feature matching is summed    | averaged over the scales          | summed; --released: mean
       over the scales             |                                   |
     "multiple layers" of D        | the four before the prediction    | these four
-    Eq. (1) with logs, trained as | least squares; its log form drops | least squares; --gan log,
-      least squares               |   the sigmoid                     |   from logits
-    G minimises log(1 - D)        | its log form: -log D              | --gan log: -log D
+    Eq. (1) with logs, trained as | least squares; its log form drops | least squares; --loss
+      least squares               |   the sigmoid                     |   logGAN: from logits
+    G minimises log(1 - D)        | its log form: -log D              | logGAN: -log D
     VGG layers not named          | relu1_1 .. relu5_1, weights 1/32, | as released; reversed if
                                   |   1/16, 1/8, 1/4, 1               |   the VGG is random, ours
-    VGG's input not stated        | [-1, 1], not normalised           | as released; --vgg-normalise
+    VGG's input not stated        | [-1, 1], not normalised           | as released
     D's loss: a sum               | half the sum                      | half
     order of updates not stated   | both gradients, then G, then D    | as released
-    G1, then G2, then both        | G2 alone, then all, with a new    | as released, in one command
-                                  |   Adam for G                      |
-    E and G trained jointly       | at full size E's maps are stored  | jointly; --stored-features
-                                  |   as 8 bits and E is not trained  |
+    G1, then G2, then both        | G2 alone, then all, with a new    | the three stages, in one
+                                  |   Adam for G; since 2019 train.py |   command; G1 is trained in
+                                  |   keeps the old Adam, and G1      |   the joint one
+                                  |   stays frozen to the end         |
+    labels for G1 not stated      | alone: resized by nearest; inside | as released
+                                  |   G2: one-hot maps averaged       |
+    labels of coarser D: the same | one-hot maps averaged             | as released
+    E and G trained jointly       | at full size E's maps are stored  | jointly; --released: as
+                                  |   as 8 bits and E is not trained  |   stored
+    z at half size not mentioned  | E reads a photo that PIL resized  | --released: photo averaged
+                                  |                                   |   3 x 3, z off by .005
     windows not mentioned         | z: means over the whole photo,    | means over the part of an
                                   |   then cut to the window          |   object in the window
-    all objects are clustered     | those larger than 1/64 image      | as released; --min-area
-    a centre is picked            | classes without one: unset memory | their mean, with a notice
+    all objects are clustered     | those larger than 1/64 image      | all; --released: 1/64
+    a centre is picked            | classes without one: unset memory | zeros, with a notice
     boundary by 4-neighbours      | the same                          | the same, both sides marked
-    labels at a smaller scale     | one-hot maps averaged             | as released
     normalisation not stated      | instance norm without parameters  | as released
     biases not stated             | PyTorch's default                 | PyTorch's default
-    transposed convolutions make  | the same                          | the same; --smooth, ours, in
-      a regular pattern of dots   |                                   |   toy, averages it away
+    transposed convolutions       | the same; early in training they  | the same; --smooth, ours, in
+                                  |   make a regular pattern of dots  |   toy, averages it away
     unknown pixels not mentioned  | an ordinary class, in every loss  | as released
-    slides: pix2pix's U-Net       | not released                      | without its dropout
-    slides: CRN's generator       | not released                      | 8 modules for 512 x 1024,
-                                  |                                   |   9 for 1024 x 2048
+    slides: two other generators  | not released                      | tests/tables.py: U-Net and
+                                  |                                   |   CRN of our other scripts
     pictures as files             | cut down to 8 bits                | rounded: half of the values
                                   |                                   |   are larger by 1
 
@@ -93,222 +101,230 @@ Run         python pix2pixhd.py                               built-in streets, 
 import atexit
 import itertools
 import json
-import math
 import os
-import pickle
 import re
+import shutil
 import signal
 import sys
+import threading
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import common                                   # before torch: it says how torch's threads wait
 
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, SHARE, GroupNorm, UserError, Within, boundary_map, check_settings, check_sides,
-    class_id, class_table, colour_label, flag, kmeans, notice, row_of, save_images, setting,
-    smooth_grid)
+    COUNT, POSITIVE, UserError, Within, check_settings, check_sides, class_id, class_table,
+    colour_label, draw_seed, find_preset, flag, notice, save_images, setting)
+
+NAME = "pix2pixhd"
+# In State; the first is what testing needs, the first three are networks.
+NETWORKS = ("generator", "discriminator", "encoder", "stage", "styles")
+MODES = ("train", "sample", "edit", "encode", "evaluate", "check", "trace")
+# Who knows a flag.
+TRAIN, SAMPLE, EDIT, BEFORE = ("train",), ("sample",), ("edit",), ("train", "check", "trace")
+SCENES = SAMPLE + EDIT
 
 # --------------------------------------------------------------------------------- 1 Config
 
-# What the mode edit can change: each flag's form, and the same as a pattern; see in_order.
-EDITS = {"set": ("ID=CLASS", r"(\d+)=(.+)"), "style": ("ID=K", r"(\d+)=(\d+)"),
-         "remove": ("ID[=CLASS]", r"(\d+)(?:=(.+))?"),
-         "paste": ("ID@DOWN,RIGHT", r"(\d+)@(-?\d+),(-?\d+)"),
-         "paint": ("TOP,LEFT,BOTTOM,RIGHT=CLASS", r"(\d+),(\d+),(\d+),(\d+)=(.+)"),
-         "undo": ("", "")}
+# What the mode edit can change: the flag, the Editor's method, what follows, the same as a pattern.
+EDITS = {"set": ("set_class", "ID=CLASS", r"(\d+)=(.+)"),
+         "style": ("set_style", "ID=K", r"(\d+)=(\d+)"),
+         "remove": ("remove", "ID", r"(\d+)"),
+         "paste": ("paste", "ID@DOWN,RIGHT", r"(\d+)@(-?\d+),(-?\d+)"),
+         "undo": ("undo", "", "")}
 
 
 @dataclass
 class Config:
     """Every setting is a flag. The defaults are the paper's; the text says where it states them."""
-    # The task. Boundaries and E need instance maps; where the data has none, labels do for E.
-    data: str = setting("", "folder, in any known layout; none: the built-in streets")
-    task: str = setting("labels2photo", "or pairs: an RGB input such as edges, Fig. 2", (
-        "labels2photo", "pairs"))
+    # The task. Label maps go in and photos come out; where the data has no label maps but pairs of
+    # images, such as edges and photos (Fig. 2), the first image of a pair is the input.
+    data: str = setting("", "folder in a known layout; none: built-in streets", free="resume")
     direction: str = setting("AtoB", "which half of a pair is the input", ("AtoB", "BtoA"))
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
     boundary: bool = setting(True, "instance boundaries beside the labels, Sec. 3.3")
-    size: tuple[int, int] = setting((1024, 2048), "height, width in pixels, Sec. 3.2", POSITIVE)
+    size: tuple[int, int] = setting((1024, 2048), "height, width, Sec. 3.2", POSITIVE, free="test")
     crop: tuple[int, int] = setting((0, 0), "train enhancers on windows; 0: whole images", COUNT)
     mirror: bool = setting(True, "flip left and right, half the time; released code")
-    limit: int = setting(0, "use the first so many examples; 0: all (400 streets)", COUNT)
+    limit: int = setting(0, "use the first so many; 0: all (400 streets)", COUNT, free="test")
     # The networks. The defaults are G1 and G2 for 1024 x 2048 pixels: 183 million parameters, of
-    # which the nine residual blocks of G1 hold 170 million.
-    generator: str = setting("coarse-to-fine", "or the slides' rivals", (
-        "coarse-to-fine", "unet", "crn"))
-    enhancers: int = setting(1, "0: G1; 1: and G2; 2: and G3; Sec. 3.2", Within((0, 4)))
+    # which the nine residual blocks of G1 hold 170 million. Layers: halvings in G1, residual blocks
+    # in G1, residual blocks in each enhancer. E is a quarter as wide as G1; released code.
+    enhancers: int = setting(1, "0: G1; 1: and G2; 2: and G3; Sec. 3.2", Within(0, 4))
     width: int = setting(64, "channels after G1's first layer, halved per enhancer", POSITIVE)
-    downs: int = setting(4, "halvings in G1; arXiv", Within((0, 8)))
-    blocks: int = setting(9, "residual blocks in G1; arXiv", POSITIVE)
-    enhancer_blocks: int = setting(3, "residual blocks in each enhancer; arXiv", POSITIVE)
+    layers: tuple[int, int, int] = setting((4, 9, 3), "halvings, blocks, enhancer's; arXiv", COUNT)
     smooth: bool = setting(False, "ours: average away a transposed convolution's dots")
-    scales: int = setting(3, "discriminators, each of half the size, Sec. 3.2", Within((1, 6)))
+    scales: int = setting(3, "discriminators, each of half the size, Sec. 3.2", Within(1, 6))
     d_width: int = setting(64, "channels after D's first layer; arXiv", POSITIVE)
     features: int = setting(0, "numbers per object from the encoder; 3 in Sec. 4; 0: no E", COUNT)
-    e_width: int = setting(16, "channels after E's first layer; released code", POSITIVE)
-    pool: str = setting("instance", "over what E's map is averaged; label: Fig. 11", (
-        "instance", "label"))
-    # The objective: GAN + lambda_fm FM + lambda_vgg VGG. The GAN term itself has weight 1.
-    loss: str = setting("GAN+FM+VGG", "Sec. 4.2", ("GAN+FM+VGG", "GAN+FM", "GAN"))
-    gan: str = setting("lsgan", "least squares, Sec. 4; or Eq. (1)'s logs", ("lsgan", "log"))
+    pool: str = setting("instance", "average E's map over these; Fig. 11", ("instance", "label"))
+    # The objective: GAN + lambda_fm FM + lambda_vgg VGG. GAN, of weight 1, is by least squares as
+    # in Sec. 4, logGAN by the logs of Eq. (1).
+    loss: str = setting("GAN+FM+VGG", "Sec. 4.2", (
+        "GAN+FM+VGG", "GAN+FM", "GAN", "logGAN+FM+VGG", "logGAN+FM", "logGAN"))
     lambda_fm: float = setting(10.0, "lambda in Eq. (4), Sec. 4", COUNT)
     lambda_vgg: float = setting(10.0, "weight of the perceptual loss, Sec. 4", COUNT)
-    fm_mean: bool = setting(False, "released code: mean of Eq. (3) over the scales, not the sum")
-    vgg: str = setting("imagenet", "VGG-19's weights, and the scorer's: imagenet, random, a file")
-    vgg_width: int = setting(64, "64 is VGG; less with random weights, for small studies", POSITIVE)
-    vgg_normalise: bool = setting(False, "ImageNet's mean and deviation before VGG")
-    # Training. The three numbers of epochs are those of the stages in the table above.
-    stage: str = setting("all", "coarse to fine; or one stage alone, from --init; Sec. 3.2", (
-        "all", "global", "enhancer", "joint"))
-    epochs: int = setting(200, "passes over the data that train G1; arXiv", POSITIVE)
-    fine_epochs: int = setting(100, "of each enhancer, alone and joint; released code", POSITIVE)
-    enhancer_epochs: int = setting(10, "of these, with the rest of G frozen; released code", COUNT)
-    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT)
+    vgg: str = setting("imagenet", "VGG-19, and the scorer: imagenet, random, a file", free="test")
+    released: bool = setting(False, "the middle column of the table above, where it says so")
+    # Training. The numbers of epochs are those of the stages in the table above; 0 leaves one out:
+    # with --epochs 0, enhancers begin around the G1 of --init. An enhancer is trained first with
+    # the rest of G frozen, then with all of G.
+    epochs: int = setting(200, "passes over the data that train G1; arXiv", COUNT, free="resume")
+    enhancer_epochs: tuple[int, int] = setting((10, 90), "of each enhancer, alone and joint; "
+                                               "released code", COUNT, free="resume")
+    steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT, free="resume")
     batch_size: int = setting(1, "images per step and process; released code", POSITIVE)
-    lr: float = setting(2e-4, "Adam's, all networks; arXiv", Within((1e-9, 0.9)))
-    betas: tuple[float, float] = setting((0.5, 0.999), "Adam's; released code", SHARE)
-    seed: int = setting(0, "of initialisation, order, flips and styles", COUNT)
-    init: tuple[str, ...] = setting((), "start from these weights: ours, or the authors'")
-    save_every: int = setting(0, "steps between checkpoints and grids; 0: an epoch", COUNT)
-    # Styles: what E says about each object of the training photos, clustered after training.
-    stored_features: bool = setting(False, "released code: no training of E beside enhancers")
-    clusters: int = setting(10, "styles per class, K of K-means, Sec. 4", POSITIVE)
-    min_area: float = setting(1 / 64, "least share of the image; released code", Within((0, 1)))
-    # Evaluation: the network that labels the photos in place of the paper's PSPNet.
-    scorer_width: int = setting(64, "64 is VGG-16; less for small studies", POSITIVE)
-    scorer_steps: int = setting(2000, "ours: batches of four that the scorer trains on", POSITIVE)
-    # The machine. Nothing here changes what is learned, but for rounding.
-    gpu: int | None = setting(None, "a CUDA device; -1: the CPU; none: the first", Within((-1, 99)))
-    workers: int | None = setting(None, "data processes; none: 4 with a GPU", Within((0, 256)))
-    precision: str = setting("fp32", "bf16: autocast around the networks", ("fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile the networks")
-    channels_last: bool | None = setting(None, "memory order; none: with a GPU")
-    out: str = setting("", "the run's folder; none: the next free runs/pix2pixhd-N")
-    # One call: what a single command does, and not what a run is. See CALL in room 7 for which
-    # mode reads which.
-    preset: str = setting("", "a released script's settings; none: toy with the streets")
-    resume: bool = setting(False, "continue the run in --out, or the newest, exactly")
-    checkpoint: tuple[str, ...] = setting((), "to test with, also the authors'; none: the newest")
-    input: str = setting("", "a file or a folder of any size; none: the test split")
-    instances: str = setting("", "the instance maps of --input, a file or a folder")
-    output: str = setting("", "a file or a folder; none: test/ or edits/ in the run's folder")
-    samples: int = setting(1, "outputs per input, by other styles", POSITIVE)
-    vary: tuple[str, ...] = setting((), "draw new styles for objects of these classes alone")
-    item: str = setting("", "edit: an example of the test split by name; none: the first")
-    edits: tuple[str, ...] = setting((), "edit: " + " ".join(
-        f"--{name} {form}".strip() for name, (form, _) in EDITS.items()), action="extend")
-    clusters_file: str = setting("", "encode: take the authors' clusters (.npy) from here")
+    lr: float = setting(2e-4, "Adam's, all networks; arXiv", Within(1e-9, 0.9))
+    seed: int = setting(0, "of initialisation, order, flips and styles", COUNT, free="test")
+    init: tuple[str, ...] = setting((), "begin with these weights: ours, or the authors'",
+                                    modes=TRAIN, free="call")
+    # The machine
+    gpu: int | None = setting(None, "number; -1: the CPU; none: the first", Within(-1), free="call")
+    workers: int | None = setting(None, "data processes; none: 4 with a GPU", COUNT, free="resume")
+    precision: str = setting("fp32", "bf16: autocast", ("fp32", "bf16"), free="resume")
+    compile: bool = setting(False, "torch.compile the networks", free="resume")
+    channels_last: bool | None = setting(None, "memory order; none: with a GPU", free="resume")
+    out: str = setting("", "the run's folder; none: the next runs/pix2pixhd-N", free="call")
+    # One call
+    preset: str = setting("", "a released script; none: toy with the streets", modes=BEFORE)
+    resume: bool = setting(False, "go on with --out, or the newest run", modes=TRAIN, free="call")
+    checkpoint: tuple[str, ...] = setting((), "to test or resume, also the authors'; none: newest",
+                                          modes=MODES[:5], free="call")
+    input: str = setting("", "a file or folder; none: the test split", modes=SCENES, free="call")
+    instances: str = setting("", "the instance maps of --input", modes=SCENES, free="call")
+    output: str = setting("", "a file or folder; none: in --out", modes=SCENES, free="call")
+    samples: int = setting(1, "outputs per input", POSITIVE, modes=SAMPLE, free="call")
+    vary: tuple[str, ...] = setting((), "restyle these classes alone", modes=SAMPLE, free="call")
+    item: str = setting("", "one of the images by name; none: the first", modes=EDIT, free="call")
+    edits: tuple[str, ...] = setting((), "change the scene, in the order given",
+                                     {name: form for name, (_, form, _) in EDITS.items()},
+                                     modes=EDIT, free="call")
+
+    # No flag: as what the training data were understood, by common.Dataset.
+    understood: dict = field(default_factory=dict)
 
     def __post_init__(self):
         check_settings(self)
-        # G1 halves its input `downs` times, and works at 1 / 2^enhancers of the full size.
-        n, unit = self.downs + self.enhancers, 2 ** (self.downs + self.enhancers)
-        for wrong, why in (
-                (self.width % 2 ** self.enhancers, f"--width {self.width}: is halved with each "
-                 f"enhancer, so it must be a multiple of {2 ** self.enhancers}"),
-                (self.enhancers and self.enhancer_epochs >= self.fine_epochs, "--enhancer-epochs "
-                 f"{self.enhancer_epochs}: must be fewer than --fine-epochs {self.fine_epochs}, of "
-                 "which they are the first"),
-                (self.enhancers and self.generator != "coarse-to-fine",
-                 f"--generator {self.generator}: has no enhancers; add --enhancers 0"),
-                (self.stage in ("enhancer", "joint") and not self.enhancers or
-                 self.stage == "enhancer" and not self.enhancer_epochs,
-                 f"--stage {self.stage}: needs --enhancers and --enhancer-epochs of 1 or more"),
-                (self.task == "pairs" and self.features, f"--features {self.features}: objects are "
-                 "found in label maps, and --task pairs has none; use --features 0"),
-                (self.instances and not self.input, "--instances: goes with --input"),
-                (self.item and self.input, "--item with --input: only one can choose the scene")):
-            if wrong:
-                raise UserError(why)
-        # Two pixels are the least that instance norm and reflected borders can work on.
-        for name, size in (("--size", self.size), ("--crop", self.crop)):
-            if name == "--size" or any(size):
-                check_sides(name, size, unit, 2 * unit, f"G halves each side {n} times")
+        # G1 works at 1 / 2^enhancers of the size. Two pixels are the least that instance norm and
+        # reflected borders can work on.
+        halvings = self.layers[0] + self.enhancers
+        for option, size in (("--size", self.size), ("--crop", self.crop)):
+            if option == "--size" or any(size):
+                check_sides(option, size, 2 ** halvings, 2 * 2 ** halvings,
+                            f"G halves each side {halvings} times")
 
 
-# The released training scripts, line by line, but for D's scales: 512p has two there, and three
-# here as in the paper. There, G1 at 512p and G1+G2 at 1024p are separate runs; here "1024p" trains
-# both, one after the other.
+# The released training scripts, line by line, but for the loss, which is the paper's unless
+# --released says otherwise, and for D's scales: 512p has two there, and three here as in the paper.
+# There, G1 at 512p and G1+G2 at 1024p are separate runs; here "1024p" trains both, one after the
+# other. The authors ask for a GPU of 24 GB; a step at 1024p took 15.3 GB here.
 PRESETS = {
     "512p": dict(size=(512, 1024), enhancers=0),                                  # G1 alone
     "512p-features": dict(size=(512, 1024), enhancers=0, features=3),             # and E
-    "1024p": dict(),                                                              # 24 GB of memory
-    "1024p-12GB": dict(crop=(1024, 1024), fine_epochs=200, enhancer_epochs=20),   # windows
-    "1024p-features": dict(features=3, stored_features=True),                     # Sec. 3.4
-    "1024p-features-12GB": dict(features=3, stored_features=True, crop=(896, 896),
-                                fine_epochs=200, enhancer_epochs=20),
+    "1024p": dict(),
+    "1024p-12GB": dict(crop=(1024, 1024), enhancer_epochs=(20, 180)),             # windows
+    "1024p-features": dict(features=3, released=True),                            # Sec. 3.4
+    "1024p-features-12GB": dict(features=3, released=True, crop=(896, 896),
+                                enhancer_epochs=(20, 180)),
     "labels-only": dict(boundary=False),                                          # Table 2
-    "edges2photo": dict(task="pairs", boundary=False, size=(1024, 1024)),         # Fig. 2
+    "edges2photo": dict(boundary=False, size=(1024, 1024)),                       # Fig. 2
     "helen": dict(size=(1024, 1024), features=3, pool="label", boundary=False),   # Fig. 11
     # Ours, for the streets on a laptop's CPU. The networks are narrow, which allows Adam a larger
     # rate. A random VGG keeps small objects in shape. --smooth removes the dots of the transposed
     # convolutions, which training removes only in far more steps. There is little time for full
     # size: no stage trains the enhancer alone, and half of lambda_fm gave sharper pictures.
-    "toy": dict(size=(96, 192), limit=400, width=32, downs=2, blocks=3, enhancer_blocks=2,
-                smooth=True, scales=3, d_width=16, features=3, e_width=8, vgg="random", vgg_width=8,
-                lambda_fm=5.0, lambda_vgg=30.0, lr=6e-4, epochs=2, fine_epochs=4, enhancer_epochs=0,
-                min_area=0.002, scorer_width=16, scorer_steps=600),
+    "toy": dict(size=(96, 192), limit=400, width=32, layers=(2, 3, 2), smooth=True, d_width=16,
+                features=3, vgg="random", lambda_fm=5.0, lambda_vgg=30.0, lr=6e-4, epochs=2,
+                enhancer_epochs=(0, 4)),
 }
 # Ours, too: the same for an hour, larger, and with the paper's lambda_fm.
 PRESETS["streets"] = PRESETS["toy"] | dict(size=(128, 256), limit=800, lambda_fm=10.0, epochs=3,
-                                           fine_epochs=7, scorer_steps=1200)
+                                           enhancer_epochs=(0, 7))
 
 
 def configure(preset: str, given: dict) -> Config:
     """The paper's settings, then a preset's, then what was given."""
-    # The slides' rivals are one network each: nothing to enhance, whatever the preset says.
-    rival = {"enhancers": 0} if given.get("generator") in ("unet", "crn") else {}
-    cfg = Config(**{"preset": preset} | row_of(PRESETS, "--preset", preset) | rival | given)
-    if cfg.stage in ("enhancer", "joint") and not cfg.init:
-        notice(f"--stage {cfg.stage} without --init: G1 starts from random weights")
+    cfg = Config(**{"preset": preset} | find_preset(PRESETS, "--preset", preset) | given)
+    if not cfg.epochs and not (cfg.init and cfg.enhancers):
+        raise UserError("--epochs 0: leaves enhancers alone; they need the G1 of an --init")
     return cfg
 
 
 # ------------------------------------------------------------------------------- 2 Networks
 
-def instance_norm(c: int) -> nn.GroupNorm:
+class InstanceNorm(nn.GroupNorm):
     """Each channel of each image to mean 0, variance 1; no parameters, no running averages.
 
-    A group norm with one channel per group is this very function, and on the CPU the faster one.
+    A group norm with one channel per group is this very function, and on the CPU the faster one. On
+    a GPU it copies maps into another memory order; batch norm does not, and of a single image it is
+    the same function: 64 x 512 x 1024 in a sixth of the time.
     """
-    return GroupNorm(c, c, affine=False)
+
+    def __init__(self, c: int):
+        super().__init__(c, c, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and len(x) == 1:
+            return F.batch_norm(x, None, None, training=True, eps=self.eps)
+        return super().forward(x)
 
 
 def convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     """Convolution, instance norm, ReLU. At stride 1 borders are reflected, at stride 2 zero."""
     mode = "reflect" if stride == 1 else "zeros"
     return [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, padding_mode=mode),
-            instance_norm(c_out), nn.ReLU()]
+            InstanceNorm(c_out), nn.ReLU()]
+
+
+def output_layer(c_in: int, c_out: int) -> nn.Sequential:
+    """c7s1-3: a 7 x 7 convolution makes an image of a feature map, and tanh takes it to [-1, 1]."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 7, padding=3, padding_mode="reflect"), nn.Tanh())
+
+
+def smooth_grid(x: Tensor) -> Tensor:
+    """Each pixel (..., H, W) becomes the mean of itself, its right, its lower and its lower right
+    neighbour; a border repeats itself.
+
+    The kernels of a transposed convolution of stride 2 overlap in a pattern that repeats every two
+    pixels. Of two neighbours one is always an overlap, so the mean removes the pattern.
+    """
+    if torch.compiler.is_compiling():           # it cannot take the gradient of the padding below
+        x = torch.cat([x, x[..., -1:]], -1)
+        return F.avg_pool2d(torch.cat([x, x[..., -1:, :]], -2), 2, 1)
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
 
 
 class Doubling(nn.ConvTranspose2d):
     """Transposed convolution, (B, c_in, H, W) -> (B, c_out, 2 H, 2 W).
 
     Its 3 x 3 kernels overlap at every other pixel, so an untrained one makes a pattern of dots, and
-    training has to remove it. `smooth`, ours, takes the mean of each 2 x 2 window (smooth_grid):
-    the pattern disappears, and some sharpness with it.
+    training has to remove it. `smooth`, ours, takes the mean of each 2 x 2 window: the pattern
+    disappears, and some sharpness with it.
     """
-    smooth = False
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, smooth: bool = False):
         super().__init__(c_in, c_out, 3, 2, 1, output_padding=1)
+        self.smooth = smooth
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         return smooth_grid(x) if self.smooth else x     # without: as in the paper and the release
 
 
-def deconvolution(c_in: int, c_out: int) -> list[nn.Module]:
+def deconvolution(c_in: int, c_out: int, smooth: bool = False) -> list[nn.Module]:
     """Transposed convolution that doubles H and W, instance norm, ReLU."""
-    return [Doubling(c_in, c_out), instance_norm(c_out), nn.ReLU()]
+    return [Doubling(c_in, c_out, smooth), InstanceNorm(c_out), nn.ReLU()]
 
 
 class ResidualBlock(nn.Module):
@@ -329,7 +345,8 @@ class GlobalGenerator(nn.Module):
     arXiv: c7s1-64, d128, d256, d512, d1024, R1024 x 9, u512, u256, u128, u64, and c7s1-3 to come.
     """
 
-    def __init__(self, c_in: int, width: int = 64, downs: int = 4, blocks: int = 9):
+    def __init__(self, c_in: int, width: int = 64, downs: int = 4, blocks: int = 9,
+                 smooth: bool = False):
         super().__init__()
         c = [width * 2 ** i for i in range(downs + 1)]                       # 64 128 256 512 1024
         self.front = nn.Sequential(*convolution(c_in, width, 7))             # (B, 64, H, W)
@@ -338,7 +355,7 @@ class GlobalGenerator(nn.Module):
         self.residual = nn.Sequential(*(ResidualBlock(c[-1]) for _ in range(blocks)))  # unchanged
         self.back = nn.Sequential()
         for c_a, c_b in zip(c[::-1], c[-2::-1]):
-            self.back.extend(deconvolution(c_a, c_b))                        # (B, 64, H, W)
+            self.back.extend(deconvolution(c_a, c_b, smooth))                # (B, 64, H, W)
 
     def forward(self, s: Tensor) -> Tensor:
         return self.back(self.residual(self.front(s)))
@@ -354,12 +371,12 @@ class LocalEnhancer(nn.Module):
     arXiv: c7s1-32, d64, R64 x 3, u32, and c7s1-3 to come.
     """
 
-    def __init__(self, c_in: int, width: int = 32, blocks: int = 3):
+    def __init__(self, c_in: int, width: int = 32, blocks: int = 3, smooth: bool = False):
         super().__init__()
         self.front = nn.Sequential(*convolution(c_in, width, 7),                # (B, 32, H, W)
                                    *convolution(width, 2 * width, stride=2))    # (B, 64, H/2, W/2)
         self.residual = nn.Sequential(*(ResidualBlock(2 * width) for _ in range(blocks)))
-        self.back = nn.Sequential(*deconvolution(2 * width, width))             # (B, 32, H, W)
+        self.back = nn.Sequential(*deconvolution(2 * width, width, smooth))     # (B, 32, H, W)
 
     def forward(self, s: Tensor, below: Tensor) -> Tensor:
         return self.back(self.residual(self.front(s) + below))
@@ -368,33 +385,57 @@ class LocalEnhancer(nn.Module):
 class Generator(nn.Module):
     """G = {G1, G2, ...}: the global network inside its local enhancers (Sec. 3.2, Fig. 3).
 
-    s (B, c, H, W)  ->  image (B, 3, H, W) in [-1, 1]; sides multiples of 2^(downs + enhancers).
+    s (B, c, H, W)  ->  image (B, 3, H, W) in [-1, 1]; sides multiples of `multiple`.
 
     G1 works at half the size of G2, and G2 at half that of G3. `width` is G1's and halves with each
-    enhancer: 64 at 1024 x 512, 32 at 2048 x 1024, 16 at 4096 x 2048. Only the outermost network
-    makes an image; when an enhancer is put around it, its output layer is dropped.
+    enhancer: 64 at 1024 x 512, 32 at 2048 x 1024, 16 at 4096 x 2048. `level` enhancers are in use:
+    all, or fewer in the early stages of training. Only the outermost network in use makes an image;
+    when an enhancer is put around it, its output layer is dropped. So G1, G2, ... have one each
+    (early=True), of which a finished G uses the last alone.
+
+    What G1 reads: alone, a label map that was resized to its size, where each pixel is of one
+    class. Inside G2, the average of G2's one-hot labels, where a pixel at a border is a mixture.
     """
 
     def __init__(self, c_in: int = 36, c_out: int = 3, width: int = 64, downs: int = 4,
-                 blocks: int = 9, enhancers: int = 1, enhancer_blocks: int = 3):
+                 blocks: int = 9, enhancers: int = 1, enhancer_blocks: int = 3,
+                 smooth: bool = False, early: bool = False):
         super().__init__()
-        self.multiple = 2 ** (downs + enhancers)
-        self.globe = GlobalGenerator(c_in, width, downs, blocks)    # "global" is a word of Python
-        self.enhancers = nn.ModuleList(
-            LocalEnhancer(c_in, width // 2 ** n, enhancer_blocks) for n in range(1, enhancers + 1))
-        self.output = nn.Sequential(nn.Conv2d(width // 2 ** enhancers, c_out, 7, padding=3,
-                                              padding_mode="reflect"), nn.Tanh())
+        self.downs = downs
+        self.globe = GlobalGenerator(c_in, width, downs, blocks, smooth)    # "global" is a keyword
+        self.enhancers = nn.ModuleList(LocalEnhancer(c_in, width // 2 ** n, enhancer_blocks, smooth)
+                                       for n in range(1, enhancers + 1))
+        self.output = output_layer(width // 2 ** enhancers, c_out)
+        self.early_outputs = nn.ModuleList(output_layer(width // 2 ** n, c_out)
+                                           for n in range(enhancers if early else 0))
         self.apply(initialise)
+        self.use(enhancers)
+
+    def use(self, level: int, alone: bool = False) -> None:
+        """Put `level` enhancers to use. alone: only the outermost of them is to be trained."""
+        self.level, self.multiple = level, 2 ** (self.downs + level)
+        self.requires_grad_(False)
+        parts = [self.globe, *self.enhancers[:level], self.output_in_use()]
+        for part in parts[-2:] if alone else parts:
+            part.requires_grad_(True)
+
+    def output_in_use(self) -> nn.Module:
+        return self.output if self.level == len(self.enhancers) else self.early_outputs[self.level]
+
+    def load_state_dict(self, weights: dict):
+        """Early output layers may be missing, as in the authors' files."""
+        early = {k: v for k, v in self.state_dict().items() if k.startswith("early_outputs.")}
+        return super().load_state_dict(early | weights)
 
     def forward(self, s: Tensor) -> Tensor:
         # Every network reads the labels at its own size; features go from coarse to fine.
         pyramid = [s]                                        # the largest first
-        for _ in self.enhancers:
+        for _ in range(self.level):
             pyramid.append(half(pyramid[-1]))
         y = self.globe(pyramid.pop())                        # the smallest: (B, 64, H/2^n, W/2^n)
-        for enhancer in self.enhancers:
+        for enhancer in self.enhancers[:self.level]:
             y = enhancer(pyramid.pop(), y)                   # (B, 32, 2 h, 2 w)
-        return self.output(y)                                # (B, 3, H, W)
+        return self.output_in_use()(y)                       # (B, 3, H, W)
 
 
 def half(x: Tensor) -> Tensor:
@@ -404,69 +445,6 @@ def half(x: Tensor) -> Tensor:
     not counted, so borders keep their brightness.
     """
     return F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
-
-
-class UNet(nn.Module):
-    """The slides' first rival: pix2pix's U-Net under this paper's losses.
-
-    It has instance norm instead of batch norm, and no dropout: there is no noise in this paper.
-    s (B, c, H, W)  ->  (B, 3, H, W) in [-1, 1]. Halved `downs` times; skips join equal sizes.
-    """
-
-    def __init__(self, c_in: int, c_out: int = 3, width: int = 64, downs: int = 8):
-        super().__init__()
-        self.multiple = 2 ** downs
-        c = [width * min(2 ** i, 8) for i in range(downs)]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (c_a, c_b) in enumerate(zip([c_in, *c], c)):
-            norm = [instance_norm(c_b)] if 0 < i < downs - 1 else []
-            self.down.append(nn.Sequential(nn.Conv2d(c_a, c_b, 4, 2, 1), *norm, nn.LeakyReLU(0.2)))
-        outputs = [*c[-2::-1], c_out]
-        for c_a, c_b in zip([c[-1], *(2 * k for k in c[-2::-1])], outputs):
-            last = instance_norm(c_b) if len(self.up) < downs - 1 else nn.Tanh()
-            self.up.append(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(c_a, c_b, 4, 2, 1), last))
-        self.apply(initialise)
-
-    def forward(self, s: Tensor) -> Tensor:
-        maps = [s]
-        for block in self.down:
-            maps.append(block(maps[-1]))                     # (B, c_i, H / 2^i, W / 2^i)
-        y = self.up[0](maps.pop())
-        for block in self.up[1:]:                            # each also sees the map of its size
-            y = block(torch.cat([maps.pop(), y], 1))
-        return y
-
-
-class CRN(nn.Module):
-    """The slides' second rival: the cascaded refinement network of Chen & Koltun, in these losses.
-
-    s (B, c, H, W)  ->  (B, 3, H, W) in [-1, 1]. From 1/2^downs of the size on, each module sees the
-    labels at its size beside the doubled output of the one before. Widths 16, 16, 16, 16, 16, 8, 8,
-    2, 0.5 times `width`: of these nine, as many as there are sizes from 4 rows to all of them.
-    """
-
-    def __init__(self, c_in: int, c_out: int = 3, width: int = 64, downs: int = 7):
-        super().__init__()
-        self.multiple = 2 ** downs
-        widths = [max(4, int(width * k)) for k in (16, 16, 16, 16, 16, 8, 8, 2, 0.5)][:downs + 1]
-        self.refine = nn.ModuleList()
-        for c_a, c_b in zip([0, *widths], widths):
-            layers = []
-            for c in (c_a + c_in, c_b):
-                layers += [nn.Conv2d(c, c_b, 3, 1, 1), GroupNorm(1, c_b), nn.LeakyReLU(0.2)]
-            self.refine.append(nn.Sequential(*layers))
-        self.output = nn.Sequential(nn.Conv2d(widths[-1], c_out, 1), nn.Tanh())
-        self.apply(initialise)
-
-    def forward(self, s: Tensor) -> Tensor:
-        y = None                                             # the first module sees labels alone
-        for i, module in enumerate(self.refine):
-            labels = F.interpolate(s, scale_factor=0.5 ** (len(self.refine) - 1 - i), mode="area")
-            if y is not None:
-                y = F.interpolate(y, labels.shape[-2:], mode="bilinear")
-                labels = torch.cat([y, labels], 1)           # (B, c_a + c, h, w)
-            y = module(labels)                               # (B, c_b, h, w)
-        return self.output(y)
 
 
 class PatchDiscriminator(nn.Module):
@@ -483,10 +461,12 @@ class PatchDiscriminator(nn.Module):
         c = [c_in, *(min(width * 2 ** i, 512) for i in range(4)), 1]     # at most 512, as released
         self.layers = nn.ModuleList()
         for i, stride in enumerate((2, 2, 2, 1, 1)):         # a unit sees 4, 10, 22, 46, 70 pixels
-            layer = [nn.Conv2d(c[i], c[i + 1], 4, stride, 2)]            # 39 64 128 256 512 1
-            layer += [instance_norm(c[i + 1])] if 0 < i < 4 else []
-            layer += [nn.LeakyReLU(0.2)] if i < 4 else []                # the prediction is linear
-            self.layers.append(nn.Sequential(*layer))
+            layer = nn.Sequential(nn.Conv2d(c[i], c[i + 1], 4, stride, 2))   # 39 64 128 256 512 1
+            if 0 < i < 4:
+                layer.append(InstanceNorm(c[i + 1]))
+            if i < 4:                                        # the prediction is linear
+                layer.append(nn.LeakyReLU(0.2))
+            self.layers.append(layer)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
@@ -503,17 +483,26 @@ class MultiScaleDiscriminator(nn.Module):
 
     A unit of the finest sees 70 pixels, of the next 141, of the coarsest 283: the first judges
     texture, the last whether the whole makes sense. Labels shrink together with the image. Inside,
-    the coarsest stands first, so that a larger image adds a discriminator at the end.
+    the coarsest stands first, and the first `used` judge. So each has images of one size before it
+    all its life: "a higher resolution only requires adding an additional discriminator at the
+    finest level".
     """
 
     def __init__(self, c_in: int = 39, width: int = 64, scales: int = 3):
         super().__init__()
         self.scales = nn.ModuleList(PatchDiscriminator(c_in, width) for _ in range(scales))
         self.apply(initialise)
+        self.use(scales)
+
+    def use(self, scales: int) -> None:
+        """Put the coarsest so many to use, and to training."""
+        self.used = scales
+        for k, discriminator in enumerate(self.scales):
+            discriminator.requires_grad_(k < scales)
 
     def forward(self, s: Tensor, x: Tensor) -> list[list[Tensor]]:
         y, results = torch.cat([s, x], 1), []
-        for k, discriminator in enumerate(reversed(self.scales)):
+        for k, discriminator in enumerate(reversed(self.scales[:self.used])):
             y = half(y) if k else y             # labels and image together
             results.append(discriminator(y))
         return results
@@ -529,14 +518,9 @@ class Encoder(nn.Module):
 
     def __init__(self, c_out: int = 3, width: int = 16, downs: int = 4):
         super().__init__()
-        c = [width * 2 ** i for i in range(downs + 1)]                       # 16 32 64 128 256
-        self.layers = nn.Sequential(*convolution(3, width, 7))
-        for c_a, c_b in zip(c, c[1:]):
-            self.layers.extend(convolution(c_a, c_b, stride=2))
-        for c_a, c_b in zip(c[::-1], c[-2::-1]):
-            self.layers.extend(deconvolution(c_a, c_b))
-        self.output = nn.Sequential(nn.Conv2d(width, c_out, 7, padding=3, padding_mode="reflect"),
-                                    nn.Tanh())
+        outline = GlobalGenerator(3, width, downs, blocks=0)                 # 16 32 64 128 256
+        self.layers = nn.Sequential(*outline.front, *outline.back)
+        self.output = output_layer(width, c_out)
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -552,43 +536,16 @@ def instance_average(z: Tensor, region: Tensor) -> Tensor:
         z[b][:, region[b] == o] = z[b][:, region[b] == o].mean(1)
 
     So an object has one value in z, however large it is, and E cannot pass the photo itself to G.
-    The result is that of this loop; see ObjectMean for how it is computed without one.
+    Below, all objects of the batch are numbered and summed at once. Sums are in float64, for a road
+    is a sum of 10^5 pixels.
     """
-    return ObjectMean.apply(z, region)
-
-
-class ObjectMean(torch.autograd.Function):
-    """The mean per object without a loop over objects, which would take a pass over z for each.
-
-    Neighbours in a row that belong to one object are a run; there are a hundred times fewer runs
-    than pixels. Each run is summed, then the runs of each object, and each pixel reads the mean of
-    its run's object. Sums are in float64, for a road is a sum of 10^5 pixels.
-
-    The gradient needs no other formula. Averaging is linear, and pixel p has the same weight in the
-    result at q as q has in the result at p; so the incoming gradient is averaged in the same way.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, region: Tensor) -> Tensor:
-        key = region * len(region) + torch.arange(len(region), device=z.device).view(-1, 1, 1)
-        run, at, length = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-        owner = run.unique(return_inverse=True)[1]      # a number for each object of each image
-        where = at.flatten(), length, owner             # (B H W): run of a pixel; (R); (R): object
-        ctx.save_for_backward(*where)
-        return ObjectMean.average(z, *where)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ObjectMean.average(gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def average(z: Tensor, at: Tensor, length: Tensor, owner: Tensor) -> Tensor:
-        b, c, h, w = z.shape
-        pixels = z.transpose(0, 1).reshape(c, -1).double()
-        sums = torch.segment_reduce(pixels, "sum", lengths=length.expand(c, -1), axis=1)
-        sums = sums.new_zeros(c, len(owner)).index_add(1, owner, sums)             # (C, objects)
-        means = (sums / torch.bincount(owner, length, len(owner))).to(z.dtype)
-        return means[:, owner].index_select(1, at).view(c, b, h, w).transpose(0, 1)
+    b, c, h, w = z.shape
+    image = torch.arange(b, device=z.device).view(-1, 1, 1)
+    owner = (region * b + image).unique(return_inverse=True)[1].flatten()   # (B H W): whose pixel
+    pixels = z.transpose(0, 1).reshape(c, -1).double()                      # (C, B H W)
+    area = owner.bincount()                                                 # (objects)
+    means = pixels.new_zeros(c, len(area)).index_add(1, owner, pixels) / area     # (C, objects)
+    return means[:, owner].to(z.dtype).view(c, b, h, w).transpose(0, 1)
 
 
 def initialise(module: nn.Module) -> None:
@@ -602,7 +559,7 @@ def initialise(module: nn.Module) -> None:
 Maps = list[list[Tensor]]       # per scale, the finest first: four hidden maps and the prediction
 
 
-def discriminator_loss(real: Maps, fake: Maps, gan: str = "lsgan") -> tuple[Tensor, Tensor]:
+def discriminator_loss(real: Maps, fake: Maps, log: bool = False) -> tuple[Tensor, Tensor]:
     """Eq. (2), D's side: sum_k of Eq. (1), as (real, fake), each halved.
 
     Sec. 4 trains with least squares: mean (D_k(s, x) - 1)^2 and mean D_k(s, G(s))^2. They pull
@@ -610,20 +567,20 @@ def discriminator_loss(real: Maps, fake: Maps, gan: str = "lsgan") -> tuple[Tens
     log form predictions are logits. Means run over the batch and all patches of one scale.
     Released code: half of the two; with Adam a factor hardly matters.
     """
-    if gan == "log":
+    if log:
         return (sum(F.softplus(-maps[-1]).mean() for maps in real) / 2,   # -log sigmoid(a)
                 sum(F.softplus(maps[-1]).mean() for maps in fake) / 2)    # -log(1 - sigmoid(a))
     return (sum((maps[-1] - 1).square().mean() for maps in real) / 2,
             sum(maps[-1].square().mean() for maps in fake) / 2)
 
 
-def generator_loss(fake: Maps, gan: str = "lsgan") -> Tensor:
+def generator_loss(fake: Maps, log: bool = False) -> Tensor:
     """Eq. (2), G's side: sum_k mean (D_k(s, G(s)) - 1)^2, with weight 1.
 
     In the log form, as in the release, G minimises -log D_k and not Eq. (1)'s log(1 - D_k), whose
     gradient vanishes while D is winning.
     """
-    if gan == "log":
+    if log:
         return sum(F.softplus(-maps[-1]).mean() for maps in fake)
     return sum((maps[-1] - 1).square().mean() for maps in fake)
 
@@ -636,8 +593,10 @@ def feature_matching_loss(real: Maps, fake: Maps, mean: bool = False) -> Tensor:
     Released code: divided by the number of scales (mean=True), and by (n + 1) / 4 for n layers of
     stride 2, which is 1 for the n = 3 here.
     """
-    total = sum((theirs.detach() - ours).abs().mean()        # maps_x[:-1]: without the prediction
-                for maps_x, maps_g in zip(real, fake) for theirs, ours in zip(maps_x[:-1], maps_g))
+    total = 0.0
+    for maps_x, maps_g in zip(real, fake):                   # D_1, D_2, D_3
+        for theirs, ours in zip(maps_x[:-1], maps_g):        # without the prediction
+            total = total + (theirs.detach() - ours).abs().mean()
     return total / len(real) if mean else total
 
 
@@ -654,7 +613,7 @@ def perceptual_loss(real: dict[str, Tensor], fake: dict[str, Tensor],
     know objects; a random VGG's know the less the deeper they are. So, ours: with --vgg random the
     weights are taken in reverse.
     """
-    weights = [*VGG_LAYERS.values()][::-1] if random else VGG_LAYERS.values()
+    weights = reversed(VGG_LAYERS.values()) if random else VGG_LAYERS.values()
     return sum(weight * (real[name] - fake[name]).abs().mean()
                for name, weight in zip(VGG_LAYERS, weights))
 
@@ -687,15 +646,53 @@ class State:
     opt_d: torch.optim.Optimizer
     stage: int = 0                              # its place in plan(cfg)
     styles: dict[int, Tensor] = field(default_factory=dict)    # class: (K, C) centres, by K-means
-    means: dict[int, Tensor] = field(default_factory=dict)     # class: (C,) mean over its objects
 
 
-@dataclass
-class Stage:
-    """One part of the coarse-to-fine training; epochs count from the start of the run."""
+def dataset(cfg: Config, split: str, **changes) -> common.Dataset:
+    """One split. Labels and instances are resized by nearest neighbour. Photos of the training
+    split are flipped half the time, and cut to windows if asked for."""
+    train = split == "train"
+    return common.Dataset(**dict(
+        data=cfg.data, split=split, size=cfg.size, crop=cfg.crop if train else (0, 0),
+        mirror=train and cfg.mirror, classes=cfg.classes, direction=cfg.direction, limit=cfg.limit,
+        seed=cfg.seed, instances=cfg.boundary or cfg.pool == "instance",
+        understood=cfg.understood) | changes)
+
+
+def needs_instances(cfg: Config) -> bool:
+    return cfg.boundary or cfg.features > 0 and cfg.pool == "instance"
+
+
+def usable(examples: common.Dataset, cfg: Config) -> common.Dataset:
+    """A dataset itself, if it has what the networks read."""
+    examples.require("label" if cfg.classes else "A")
+    return examples.require("instance" if needs_instances(cfg) else None,
+                            "train with --no-boundary (and --pool label) without them")
+
+
+def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
+    """Both splits, and the config with what the data turned out to be: classes, boundary, pool.
+
+    No classes: pairs of images. No instance maps: no boundary channel, and E's map is averaged
+    over labels. The checkpoint remembers it all.
+    """
+    train_set = dataset(cfg, "train").require("image")
+    cfg = replace(cfg, understood=train_set.understood)
+    if not cfg.resume:                          # else it is in the checkpoint
+        labels, instances = "label" in train_set.roles, "instance" in train_set.roles
+        if cfg.features and not labels:
+            raise UserError(f"--data {cfg.data}: has no label maps with objects; use --features 0")
+        if labels and not instances and needs_instances(cfg):
+            notice("no instance maps: no boundary channel, and E's map is averaged over labels")
+        cfg = replace(cfg, classes=train_set.classes if labels else "",
+                      boundary=cfg.boundary and instances, pool=cfg.pool if instances else "label")
+    return cfg, usable(train_set, cfg), usable(dataset(cfg, "test"), cfg)
+
+
+class Stage(NamedTuple):
+    """One part of the coarse-to-fine training."""
     name: str                                   # global, enhancer, joint
-    cfg: Config                                 # with this stage's size, enhancers and scales
-    first: int                                  # epochs of the run before it
+    level: int                                  # enhancers in use
     epochs: int                                 # its own
     done: int                                   # epochs of its learning-rate schedule before it
     total: int                                  # epochs of that schedule
@@ -705,88 +702,120 @@ def plan(cfg: Config) -> list[Stage]:
     """Sec. 3.2: "first train the global generator and then train the local enhancer in the order
     of their resolutions. We then jointly fine-tune all the networks together."
 
-    G1 is trained at 1 / 2^enhancers of the size. A stage at half the size has one D fewer: "a
-    higher resolution only requires adding an additional discriminator at the finest level".
-    The two stages of one enhancer share one learning-rate schedule, of --fine-epochs epochs.
+    The two stages of one enhancer share one learning-rate schedule.
     """
-    stages, n = [], cfg.enhancers
-    for k in range(n + 1):                      # k enhancers: sizes double from one to the next
-        part = replace(cfg, size=tuple(side >> (n - k) for side in cfg.size), enhancers=k,
-                       crop=tuple(side >> (n - k) for side in cfg.crop) if k else (0, 0),
-                       scales=max(1, cfg.scales - (n - k)), stage="all")
-        # Name, epochs, and of the learning rate's schedule: epochs before, epochs in all.
-        parts = [("global", cfg.epochs, 0, cfg.epochs)] if k == 0 else [
-            ("enhancer", cfg.enhancer_epochs, 0, cfg.fine_epochs),
-            ("joint", cfg.fine_epochs - cfg.enhancer_epochs, cfg.enhancer_epochs, cfg.fine_epochs)]
-        for name, epochs, done, total in parts:
-            if epochs:
-                first = stages[-1].first + stages[-1].epochs if stages else 0
-                stages.append(Stage(name, replace(part, stage=name), first, epochs, done, total))
-    # One stage alone: of those by this name the last, which is that of the outermost network. It
-    # begins at epoch 0 of its own run, and its learning rate where the whole run's would be.
-    if cfg.stage != "all":
-        stages = [replace(s, first=0) for s in stages if s.name == cfg.stage][-1:]
-    return stages
+    stages = [Stage("global", 0, cfg.epochs, 0, cfg.epochs)]
+    alone, joint = cfg.enhancer_epochs
+    for level in range(1, cfg.enhancers + 1):
+        stages.append(Stage("enhancer", level, alone, 0, alone + joint))
+        stages.append(Stage("joint", level, joint, alone, alone + joint))
+    return [stage for stage in stages if stage.epochs]
 
 
-def learning_rate(stage: Stage, epoch: int) -> float:
+def stage_at(stages: list[Stage], epoch: int) -> tuple[int, int]:
+    """Which stage an epoch of the run belongs to, and how many epochs of that stage are over."""
+    for k, stage in enumerate(stages[:-1]):
+        if epoch < stage.epochs:
+            return k, epoch
+        epoch -= stage.epochs
+    return len(stages) - 1, epoch
+
+
+def learning_rate(cfg: Config, stage: Stage, over: int) -> float:
     """Full for the first half of the schedule, then down in equal steps; the last is not yet 0.
 
     The released rule: with n epochs at the full rate and m falling, epoch e (counted from 1) has
-    lr (1 - (e - n - 1) / m) from e = n + 1 on.
+    lr (1 - (e - n - 1) / m) from e = n + 1 on. So of 10 + 90 epochs, n = m = 50, the 51st, which is
+    the 41st joint one, still has lr; the 42nd has 49/50 of it, and the 90th 1/50.
+    over: how many epochs of the stage are over.
     """
     falling = stage.total // 2                  # the epochs of the second half
-    beyond = max(0, epoch - stage.first + stage.done - (stage.total - falling))
-    return stage.cfg.lr * (1 - beyond / max(falling, 1))
+    beyond = max(0, over + stage.done - (stage.total - falling))
+    return cfg.lr * (1 - beyond / max(falling, 1))
+
+
+def at_level(cfg: Config, level: int) -> Config:
+    """The config of what is in use with `level` enhancers: G1 has 1 / 2^enhancers of the size and
+    each enhancer doubles it; half the size has one discriminator fewer. G1 sees whole images."""
+    halvings = cfg.enhancers - level
+    return replace(cfg, enhancers=level, scales=max(1, cfg.scales - halvings),
+                   size=tuple(side >> halvings for side in cfg.size),
+                   crop=tuple(side >> halvings for side in cfg.crop) if level else (0, 0))
+
+
+def enter(state: State, cfg: Config, k: int) -> None:
+    """Stage k of the plan: which part of G and D it uses, and what of it is trained.
+
+    Adam begins anew; but D's goes on from the enhancer to the joint stage, which share their D.
+    Released code: at full size E's maps are read from files, so E itself is not trained there.
+    """
+    G, D, E, stage = state.generator, state.discriminator, state.encoder, plan(cfg)[k]
+    same_size = state.opt_d is not None and G.level == stage.level      # so D is the same, too
+    G.use(stage.level, alone=stage.name == "enhancer")
+    D.use(at_level(cfg, stage.level).scales)
+    if E is not None:
+        E.requires_grad_(not (cfg.released and stage.level))
+    state.stage, state.opt_g = k, adam(cfg, G, E)
+    if not same_size:
+        state.opt_d = adam(cfg, D)
 
 
 def channels(cfg: Config) -> int:
     """Of s: 3 of an RGB input, or one per class (35 on Cityscapes) and one of the boundaries."""
-    return 3 if cfg.task == "pairs" else class_table(cfg.classes).channels + cfg.boundary
+    return class_table(cfg.classes).channels + cfg.boundary if cfg.classes else 3
 
 
-def networks(cfg: Config) -> tuple[nn.Module, MultiScaleDiscriminator, Encoder | None]:
-    """G, D and E of one stage. D sees s and the image, never E's features."""
-    c = channels(cfg)                           # G reads E's numbers beside s, D does not
-    if cfg.generator == "coarse-to-fine":
-        generator = Generator(c + cfg.features, 3, cfg.width, cfg.downs, cfg.blocks, cfg.enhancers,
-                              cfg.enhancer_blocks)
-    else:
-        kind = UNet if cfg.generator == "unet" else CRN
-        generator = kind(c + cfg.features, 3, cfg.width, cfg.downs)
-    for module in generator.modules():          # a setting of the layer, not a weight of it
-        if isinstance(module, Doubling):
-            module.smooth = cfg.smooth
-    return (generator, MultiScaleDiscriminator(c + 3, cfg.d_width, cfg.scales),
-            Encoder(cfg.features, cfg.e_width) if cfg.features else None)
+def networks(cfg: Config) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """G, D and E of all stages. G reads E's numbers beside s; D sees s and the image, never z."""
+    c, (downs, blocks, enhancer_blocks) = channels(cfg), cfg.layers
+    generator = Generator(c + cfg.features, 3, cfg.width, downs, blocks, cfg.enhancers,
+                          enhancer_blocks, cfg.smooth, early=True)
+    discriminator = MultiScaleDiscriminator(c + 3, cfg.d_width, cfg.scales)
+    encoder = Encoder(cfg.features, max(cfg.width // 4, 1)) if cfg.features else None
+    return generator, discriminator, encoder
 
 
 def build(cfg: Config, device: torch.device) -> State:
-    """Networks and optimisers of one stage: cfg is a stage.cfg of plan; else of the last stage.
-
-    Precision, compilation and distribution go around the networks.
-    """
-    if cfg.stage == "all":
-        cfg = plan(cfg)[-1].cfg
+    """Networks and optimisers, at the last stage of the plan; see `enter` for another. Precision,
+    compilation and distribution go around the networks."""
     torch.manual_seed(cfg.seed)                 # all processes begin with the same weights
-    generator, discriminator, encoder = [net and dress(net, cfg, device) for net in networks(cfg)]
-    if cfg.stage == "enhancer":                 # what the stages before have trained, is frozen
-        for part in (generator.globe, *generator.enhancers[:-1]):
-            part.requires_grad_(False)
-    # Released code: in these stages E's maps are read from files, so E itself is not trained.
-    if encoder is not None and cfg.stored_features and cfg.enhancers:
-        encoder.requires_grad_(False)
-    vgg = None                                  # only with a perceptual loss
+    G, D, E = (None if net is None else prepare(net, cfg, device) for net in networks(cfg))
+    vgg = None
     if "VGG" in cfg.loss:                       # frozen from the start, and not in the checkpoint
-        vgg = dress(common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, cfg.vgg_normalise,
-                                       width=cfg.vgg_width), cfg, device)
-    state = State(generator, discriminator, encoder, vgg, adam(cfg, generator, encoder),
-                  adam(cfg, discriminator))
-    if cfg.init:                                # ours know their stage; the authors' have no config
-        stored, where = read(*cfg.init), " ".join(cfg.init)
-        theirs = stage_of(stored, where).cfg if "config" in stored else cfg
-        take_over(state, cfg, stored, theirs, where, cfg.stage == "enhancer")
+        vgg = common.VGGFeatures(tuple(VGG_LAYERS), 19, cfg.vgg, normalise=False,
+                                 width=8 if cfg.vgg == "random" else 64)      # ours: a narrow one
+        vgg = prepare(vgg, cfg, device)
+    state = State(G, D, E, vgg, None, None)
+    if cfg.init:
+        start_from(state, read_weights(*cfg.init), " ".join(cfg.init))
+    enter(state, cfg, len(plan(cfg)) - 1)
     return state
+
+
+def by_level(weights: dict) -> dict:
+    """A network's weights, its output layer called by the number of enhancers inside it."""
+    n = len({key.split(".")[1] for key in weights if key.startswith("enhancers.")})
+    return {key.replace("output.", f"early_outputs.{n}."): value for key, value in weights.items()}
+
+
+def start_from(state: State, stored: dict, path: str) -> None:
+    """--init: each weight from its namesake, which must fit. An enhancer, an output layer or a D
+    that the file has not begins at random, which is said.
+
+    D's scales go by number, the coarsest first, as in the release: a run of G1 alone with one scale
+    less (see the table of stages) gives each D images of the size that it knows.
+    """
+    weights, new = {}, set()
+    for name in NETWORKS[:3]:
+        if getattr(state, name) is not None and stored.get(name) is not None:
+            own, theirs = getattr(state, name).state_dict(), by_level(stored[name])
+            names = dict(zip(by_level(own), own))
+            known = {names[level]: theirs[level] for level in theirs if level in names}
+            new |= {f"{name}.{'.'.join(key.split('.')[:2])}" for key in own.keys() - known.keys()}
+            weights[name] = own | known
+    load(state, weights or stored, path)
+    if new:
+        notice(f"{path}: has no {', '.join(sorted(new))}; random weights begin there")
 
 
 def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
@@ -796,9 +825,23 @@ def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
 
 def adam(cfg: Config, *nets: nn.Module | None) -> torch.optim.Adam:
     """An optimiser without any moments yet, of what is to be trained in these networks."""
-    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, cfg.betas, fused=True)
+    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, (0.5, 0.999), fused=True)     # released
     optimiser.register_step_pre_hook(average_gradients)
     return optimiser
+
+
+def boundary_map(instance: Tensor) -> Tensor:
+    """1 where the object differs from any of the four neighbours (pix2pixHD, Sec. 3.3, Fig. 4).
+
+    instance (B, H, W) int64  ->  (B, 1, H, W) float. Both sides of a border are marked; the
+    image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
+    their values mean nothing. What tells touching cars apart is where one ends.
+    """
+    # Of each pair of neighbours that differ, both pixels are marked.
+    across, down = instance.diff(dim=2) != 0, instance.diff(dim=1) != 0
+    edge = (F.pad(across, (1, 0)) | F.pad(across, (0, 1))
+            | F.pad(down, (0, 0, 1, 0)) | F.pad(down, (0, 0, 0, 1)))
+    return edge[:, None].float()
 
 
 def make_pair(batch: dict, cfg: Config) -> dict:
@@ -806,13 +849,12 @@ def make_pair(batch: dict, cfg: Config) -> dict:
 
     s: one-hot labels, then the boundary map. region: the objects over which E's map is averaged.
     """
-    if cfg.task == "pairs":
-        return batch                            # an RGB input: nothing to make
+    if not cfg.classes:
+        return batch                            # pairs of images: nothing to make
     label = batch["label"]                      # (B, H, W) int64
     ids = torch.arange(class_table(cfg.classes).channels, device=label.device)
     s = (label[:, None] == ids.view(-1, 1, 1)).float()      # one-hot, without an int64 of each
     if cfg.boundary:
-        # G and D see where an object ends, never the ids, whose values mean nothing.
         s = torch.cat([s, boundary_map(batch["instance"])], 1)
     # Fig. 11 averages over labels instead: one style for all the hair, one for all the skin.
     region = batch.get("instance", label) if cfg.pool == "instance" else label
@@ -822,10 +864,10 @@ def make_pair(batch: dict, cfg: Config) -> dict:
 def style_of_photo(encoder: nn.Module, x: Tensor, region: Tensor, cfg: Config) -> Tensor:
     """z = E(x), averaged over each region (B, H, W): (B, C, H, W).
 
-    Released code, at full size (--stored-features): the map that E makes of the photo at half the
-    size, with which E was trained, is doubled and rounded to 8 bits.
+    Released code, at full size: the map that E makes of the photo at half the size, with which E
+    was trained, is doubled and rounded to 8 bits.
     """
-    if not (cfg.stored_features and cfg.enhancers):
+    if not (cfg.released and cfg.enhancers):
         return instance_average(encoder(x), region)
     z = instance_average(encoder(half(x)), region[:, ::2, ::2])             # (B, C, H/2, W/2)
     z = ((z + 1) * 127.5).round() / 127.5 - 1                               # 256 values in [-1, 1]
@@ -846,12 +888,13 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     if "VGG" in cfg.loss:                       # before D: see perceptual_term
         loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat, cfg.vgg == "random")
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
+    log = "log" in cfg.loss
 
     # G and E: the min in Eq. (4).
-    losses = {"g_gan": generator_loss(fake, cfg.gan)}           # weight 1
+    losses = {"g_gan": generator_loss(fake, log)}               # weight 1
     objective = losses["g_gan"]
     if "FM" in cfg.loss:
-        losses["g_fm"] = feature_matching_loss(real, fake, cfg.fm_mean)
+        losses["g_fm"] = feature_matching_loss(real, fake, cfg.released)
         objective = objective + cfg.lambda_fm * losses["g_fm"]
     if "VGG" in cfg.loss:
         losses["g_vgg"] = loss_vgg
@@ -860,7 +903,7 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     objective.backward(inputs=trained(G, E), retain_graph=True)     # D's loss needs the graph, too
 
     # D: the max in Eq. (2).
-    losses["d_real"], losses["d_fake"] = discriminator_loss(real, fake, cfg.gan)
+    losses["d_real"], losses["d_fake"] = discriminator_loss(real, fake, log)
     state.opt_d.zero_grad(set_to_none=True)
     (losses["d_real"] + losses["d_fake"]).backward(inputs=trained(D))
     state.opt_g.step()                          # only now: both gradients are of the same weights
@@ -868,162 +911,78 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def take_over(state: State, cfg: Config, stored: dict, theirs: Config, where: str,
-              larger: bool) -> None:
-    """Start the networks of a stage, cfg, with weights that were trained in another, theirs.
-
-    larger: an enhancer is new here. It, the output layer and the finest D have nothing to start
-    from and keep their random weights. D's scales go by resolution, not by number: one that has
-    judged images of 256 x 512 judges images of 256 x 512 again.
-    """
-    # In G the first two are new, in D the last; nothing in E.
-    fresh = ("output.", f"enhancers.{cfg.enhancers - 1}.", f"scales.{cfg.scales - 1}.")
-    shared = [name for name in NETWORKS[:3]
-              if getattr(state, name) is not None and stored.get(name) is not None]
-    if not shared:
-        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
-    for name in shared:                         # fill checks names and shapes
-        net, weights = getattr(state, name), dict(stored[name])
-        own = {k: v for k, v in net.state_dict().items() if larger and k.startswith(fresh)}
-        if name == "generator":
-            weights |= own
-        if name == "discriminator" and (larger or theirs.size == cfg.size):
-            # The coarsest of our scales and of theirs differ by so many halvings.
-            coarsest = [part.size[0] / 2 ** part.scales for part in (cfg, theirs)]
-            weights = own | by_resolution(weights, round(math.log2(coarsest[0] / coarsest[1])))
-        common.fill(net, weights, f"{where}: {name}")
-
-
-def by_resolution(weights: dict, skip: int) -> dict:
-    """D's weights without its `skip` coarsest scales, the others renumbered from 0."""
-    kept = {}                                   # number 0 is the coarsest
-    for key, value in weights.items():          # scales.<number>.layers....
-        number, _, rest = key.removeprefix("scales.").partition(".")
-        if int(number) >= skip:
-            kept[f"scales.{int(number) - skip}.{rest}"] = value
-    if len(kept) < len(weights):
-        notice(f"the {skip} coarsest discriminator(s) are left out: this stage judges no image so "
-               "small")
-    return kept
-
-
-def grow(state: State, before: Config, cfg: Config, device: torch.device) -> State:
-    """The networks of the next stage, with the weights of the present one.
-
-    From the enhancer to the joint stage they are the same networks, and D's Adam goes on; all of G
-    is trained now, by a new Adam. A larger stage has new networks, and a new Adam for all.
-    """
-    if cfg.enhancers == before.enhancers:
-        state.generator.requires_grad_(True)
-        opt_g = adam(cfg, state.generator, state.encoder)
-        return replace(state, opt_g=opt_g, stage=state.stage + 1)
-    new = build(replace(cfg, init=()), device)  # --init was for the first stage
-    weights = {name: net.state_dict() for name in NETWORKS[:3]
-               if (net := getattr(state, name)) is not None}
-    take_over(new, cfg, weights, before, cfg.out, larger=True)
-    return replace(new, stage=state.stage + 1)
-
-
 def train(cfg: Config, stored: dict | None = None) -> Path:
-    """All stages: from scratch, from --init, or on from a stored checkpoint; their folder."""
+    """All stages: from scratch, from --init, or on from a stored checkpoint; their folder.
+
+    The stages are those of the table at the top. Each has a loader of its own, for its size, which
+    goes on where the last one was.
+    """
     device = pick_device(cfg)
     cfg, _, _ = open_data(cfg)
-    stages = plan(cfg)                          # see the table of stages at the top
-    stage = left_off(cfg, stages, stored) if stored else stages[0]
-    state, (loader, test_set) = build(stage.cfg, device), open_stage(stage.cfg, stages, device)
-    if stored and state.encoder is not None and stored.get("styles") == {}:
-        where = f"{cfg.out}/checkpoint.pt"      # killed after its last step, before it had styles?
-        common.fill(loader, stored.get("place"), f"{where}: place")
-        if loader.step >= loader.total:
-            load(state, stored, where)
-            return finish(stage.cfg, state, Path(cfg.out))
+    stages, state, first = plan(cfg), build(cfg, device), stored["stage"] if stored else 0
+    if stored and stage_at(stages, stored["place"]["epoch"])[0] != first:
+        raise UserError(f"--epochs {cfg.epochs}: would move a stage that has begun; leave it out")
+    enter(state, cfg, first)
+    here, loader, test_set = open_stage(cfg, first, device)
     with Run(cfg, state, loader, test_set, stored) as run:
-        if loader.rank == 0:
-            announce(stages)
         while not loader.over:
-            if loader.epoch == stage.first + stage.epochs:      # the next stage: larger, or joint
-                before, stage = stage, stages[state.stage + 1]
-                state, place = grow(state, before.cfg, stage.cfg, device), loader.state_dict()
-                loader, test_set = open_stage(stage.cfg, stages, device, place)
-                run.state, run.loader, run.test_set = state, loader, test_set    # for its grids
+            k, over = stage_at(stages, loader.epoch)
+            if k != state.stage:                # this stage's epochs are over
+                enter(state, cfg, k)
+                here, loader, test_set = open_stage(cfg, k, device, loader.state_dict())
+                run.loader, run.test_set = loader, test_set
             for optimiser in (state.opt_g, state.opt_d):        # both follow one schedule
-                optimiser.param_groups[0]["lr"] = learning_rate(stage, loader.epoch)
+                optimiser.param_groups[0]["lr"] = learning_rate(cfg, stages[k], over)
             for batch in loader:                # what is left of this epoch
-                run.done(train_step(state, make_pair(batch, stage.cfg), stage.cfg))
-    return finish(stage.cfg, state, run.end())
+                run.done(train_step(state, make_pair(batch, here), here))
+    folder = run.end()
+    if state.encoder is not None and loader.rank == 0:
+        keep_styles(here, state, folder / "checkpoint.pt")      # of all objects, by the trained E
+    return folder
 
 
-def rename_released(stored: dict, path: Path) -> dict:
-    """The authors' files (a plain state dict of G or of E) under our names.
-
-    G1 is "model", enhancer n is "model<n>_1" (front-end) and "model<n>_2" (the rest); numbers count
-    layers, also those without weights. Inside each list the order is ours, so the convolutions are
-    matched in order. Files from before PyTorch 0.4 hold statistics that were never used.
-    """
-    stored = {k: v for k, v in stored.items() if not k.endswith(
-        ("running_mean", "running_var", "num_batches_tracked"))}
-    # "model.16.conv_block.1" before "model.25", "model" before "model1_1": numbers as numbers.
-    theirs = sorted((k.removesuffix(".weight") for k in stored if k.endswith(".weight")),
-                    key=lambda k: [part.zfill(4) for part in k.split(".")])
-    parts = {k.partition(".")[0] for k in theirs}                       # model, model1_1, model1_2
-    if "model" not in parts:
-        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released G or E; its first key "
-                        f"is {next(iter(stored), 'missing')}")
-    # n enhancers; each block has two convolutions, and so has each halving, down and up again.
-    n, count = len(parts) // 2, lambda *words: sum(all(w in k for w in words) for k in theirs)
-    blocks, inner = (count(part, "conv_block") // 2 for part in ("model.", "model1_2."))
-    if blocks:
-        downs = (count("model.") - 2 * blocks - (1 if n else 2)) // 2
-        name, net = "generator", Generator(3, 3, 2 ** n, downs, blocks, n, inner)
-    else:
-        name, net = "encoder", Encoder(3, 1, len(theirs) // 2 - 1)
-    # Ours, from the input to the output: the same order. Only convolutions hold weights.
-    ours = [key for key, module in net.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
-    names, split = dict(zip(theirs, ours)), {key: key.rpartition(".") for key in stored}
-    return {name: {f"{names.get(module, module)}.{tensor}": stored[key]
-                   for key, (module, _, tensor) in split.items()}}
-
-
-def released_config(stored: dict, given: dict) -> dict:
-    """The settings that the authors' networks have, read off the shapes of their weights."""
-    # The width of the first layer tells G's, the number of layers the rest, and what the first
-    # layer reads besides the classes tells whether there are boundaries.
-    weights, encoder = stored.get("generator"), stored.get("encoder")
-    if weights is None:
-        raise UserError("no generator among these files; to test, give its file, too")
-    count = lambda start, end: sum(k.startswith(start) and k.endswith(end) for k in weights)
-    first, n = weights["globe.front.0.weight"], count("enhancers.", ".front.0.weight")
-    # "features" more channels come from E, if its file is there.
-    features = 0 if encoder is None else len(encoder["output.0.bias"])
-    classes = given.get("classes") or (
-        dataset(Config(**given), "test").classes if "data" in given else "cityscapes")
-    rest = first.shape[1] - features - class_table(classes).channels if classes else -1
-    if first.shape[1] - features != 3 and rest not in (0, 1):
-        raise UserError(f"takes {first.shape[1]} channels, the {classes} labels have "
-                        f"{class_table(classes).channels}; a boundary adds 1, an encoder (give its "
-                        "file, too) adds its features; --classes says otherwise")
-    return dict(
-        width=len(first), enhancers=n, features=features, classes=classes,
-        task="labels2photo" if rest in (0, 1) else "pairs", boundary=rest == 1,
-        downs=count("globe.back", "weight"), blocks=count("globe.residual", "branch.0.weight"),
-        enhancer_blocks=count("enhancers.0.residual", "branch.0.weight") or 3,
-        e_width=len(encoder["layers.0.bias"]) if features else 16,
-        pool="instance" if rest == 1 else "label", stage="joint" if n else "global")
+def open_stage(cfg: Config, k: int, device: torch.device, before: dict | None = None) -> tuple:
+    """A stage's config; its images, from the start or from where the stage before has come to; and
+    those of the pictures."""
+    stage, epochs = plan(cfg)[k], sum(stage.epochs for stage in plan(cfg))
+    here = at_level(cfg, stage.level)
+    loader = common.Loader(dataset(here, "train"), cfg.batch_size, cfg.workers, device, cfg.seed,
+                           epochs, cfg.steps)
+    if before:
+        loader.load_state_dict(before)
+    if loader.rank == 0:
+        tqdm.write(f"{stage.name}: {stage.epochs} of {epochs} epochs, at {here.size}, with "
+                   f"{here.scales} discriminator(s)")
+    return here, loader, dataset(here, "test")
 
 
 # ------------------------------------------------------------------------------- 5 Sampling
 
 @torch.no_grad()
-def translate(generator: nn.Module, s: Tensor) -> Tensor:
-    """G on inputs of any size: (B, c, H, W) -> (B, 3, H, W). There is no noise and no dropout.
+def generate(state: State, s: Tensor, z: Tensor, cfg: Config) -> Tensor:
+    """x_hat = G(s, z), any size: (B, c, H, W), (B, C, H, W) -> (B, 3, H, W). There is no noise.
 
     Sides are mirrored up to the next multiple that G can halve, and the result is cropped. One
     image at a time: instance norm makes it independent of its neighbours anyway.
     """
-    h, w = s.shape[-2:]
-    padded = common.mirror_pad(s, generator.multiple, 2 * generator.multiple)
-    return torch.cat([generator(one[None]) for one in padded])[..., :h, :w]
+    G, (h, w) = state.generator, s.shape[-2:]
+    padded = common.mirror_pad(torch.cat([s, z], 1), G.multiple, 2 * G.multiple)
+    x_hat = torch.cat([G(one[None]) for one in padded])[..., :h, :w]
+    if cfg.understood.get("image", {}).get("grey"):         # of grey photos only grey can be right
+        x_hat = x_hat.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return x_hat
+
+
+@torch.no_grad()
+def style_map(state: State, pair: dict, cfg: Config, k: int | None = None,
+              vary: tuple[int, ...] = ()) -> Tensor:
+    """z (1, C, H, W): draw k of the styles, or without k the photo's own, as in training. Without
+    an encoder it has no channels; without k and a photo, zeros."""
+    if state.encoder is None or k is None and "image" not in pair:
+        return pair["input"].new_zeros(1, cfg.features, *pair["input"].shape[2:])
+    if k is None:
+        return style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
+    return draw_styles(state, pair, cfg, k, vary)
 
 
 def test_pair(item: dict, state: State, cfg: Config) -> dict:
@@ -1033,191 +992,149 @@ def test_pair(item: dict, state: State, cfg: Config) -> dict:
 
 def picture_of(pair: dict, cfg: Config) -> Tensor:
     """The input as a picture (B, 3, H, W) in [-1, 1]: class colours, object borders in black."""
-    if cfg.task == "pairs":
+    if not cfg.classes:
         return pair["input"]
     colours = colour_label(pair["label"], class_table(cfg.classes))
     return torch.where(pair["input"][:, -1:] > 0, -1.0, colours) if cfg.boundary else colours
 
 
-def generate(state: State, s: Tensor, z: Tensor) -> Tensor:
-    """G(s, z): (B, c, H, W), (B, C, H, W) -> (B, 3, H, W), any size; C is 0 without an encoder."""
-    return translate(state.generator, torch.cat([s, z], 1))
-
-
-@torch.no_grad()
-def style_map(state: State, pair: dict, cfg: Config, seed: int | None = None,
-              vary: tuple[int, ...] = ()) -> Tensor:
-    """z (1, C, H, W): drawn with a seed, else the photo's own. Without an encoder C is 0."""
-    if state.encoder is None:
-        return pair["input"][:, :0]
-    if seed is None:
-        return style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
-    need_styles(state, cfg)
-    return draw_styles(state, pair["label"], pair["region"], seed, vary)
-
-
-def reconstruct(state: State, pair: dict, cfg: Config) -> Tensor:
-    """G(s, E(x)): with the style of the photo itself, as in training. Without E, G(s)."""
-    return generate(state, pair["input"], style_map(state, pair, cfg))
-
-
-def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> None:
-    """Input | output | truth of six test examples, evenly spread, two a row."""
-    cfg, tiles, n = plan(cfg)[state.stage].cfg, [], min(6, len(test_set))
+def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
+    """Input | output | truth of six test examples, evenly spread, two a row. Returns the outputs.
+    Styles are those of the photos, or zeros where there are none."""
+    cfg, tiles, outputs, n = at_level(cfg, state.generator.level), [], [], min(6, len(test_set))
     for i in range(n):
         pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
+        outputs.append(generate(state, pair["input"], style_map(state, pair, cfg), cfg).cpu())
+        tiles += [picture_of(pair, cfg).cpu(), outputs[-1]]
         if "image" in pair:
-            values = [picture_of(pair, cfg), reconstruct(state, pair, cfg), pair["image"]]
-        else:                                   # styles of a few photos, for this picture only
-            brief = replace(state, styles={}, means={}), pair, replace(cfg, limit=20), cfg.seed
-            values = [picture_of(pair, cfg), synthesise(*brief)]
-        tiles += [value.cpu() for value in values]
+            tiles.append(pair["image"].cpu())
     save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
+    return torch.cat(outputs)
 
 
 # Styles (Sec. 3.4): what E says about every training object, clustered per class.
 
-def objects_of(z: Tensor, label: Tensor, region: Tensor) -> list[tuple[int, int, float, Tensor]]:
-    """z (C, H, W), label and region (H, W)  ->  (class, id, share of the image, z (C,)) per object.
+def objects_in(label: Tensor, region: Tensor) -> list[tuple[int, int, float, Tensor]]:
+    """label, region (H, W)  ->  (class, id, share, its pixels (H, W) bool) of each object, by id.
 
     An object's class is that of most of its pixels: ids need not follow Cityscapes' class * 1000.
-    Its z is read off one pixel, of even row and column if it has one: stored maps are doubled ones,
-    and their blocks of 2 x 2 reach over odd borders.
     """
-    ids, index, counts = region.flatten().unique(return_inverse=True, return_counts=True)
-    n = int(label.max()) + 1
-    votes = torch.bincount(index * n + label.flatten(), minlength=len(ids) * n).view(-1, n)
-    place = torch.arange(len(index), device=ids.device).view(region.shape)
-    place[1::2] += len(index)
-    place[:, 1::2] += len(index)
-    first = torch.full_like(ids, 3 * len(index)).scatter_reduce(0, index, place.flatten(), "amin")
-    first %= len(index)
-    return [(int(votes[i].argmax()), int(ids[i]), int(counts[i]) / len(index),
-             z.flatten(1)[:, first[i]]) for i in range(len(ids))]
+    objects = []
+    for number in region.unique().tolist():
+        mask = region == number
+        votes = label[mask].bincount()
+        objects.append((int(votes.argmax()), number, votes.sum().item() / mask.numel(), mask))
+    return objects
+
+
+def style_at(z: Tensor, mask: Tensor) -> Tensor:
+    """The numbers (C,) of an object, read off z (C, H, W).
+
+    All its pixels have the same, but with --released: there, blocks of 2 x 2 pixels reach over odd
+    borders, and what most have counts.
+    """
+    return z[:, mask].median(1).values
 
 
 @torch.no_grad()
 def encode(cfg: Config, state: State) -> None:
-    """Fill state.styles and state.means: E over the training photos, K-means per class (Sec. 3.4).
+    """Fill state.styles: E over the training photos, K-means per class (Sec. 3.4).
 
-    Released code: only objects larger than 1/64 of the image are clustered (cfg.min_area), since E
-    has seen too little of a small one. The means are over all objects; a class that has no object
-    large enough falls back to its mean.
+    Ten styles a class (Sec. 4). Released code: only objects larger than 1/64 of the image are
+    clustered, since E has seen too little of a small one, and classes without one get unset memory.
+    Here such a class is clustered all the same.
     """
-    train_set = usable(dataset(cfg, "train", mirror=False, crop=(0, 0)).has("image"), cfg)
-    found = {}
-    for i in tqdm(range(len(train_set)), desc="encode", unit="image", disable=None):
-        pair = test_pair(train_set[i], state, cfg)
-        z = style_of_photo(state.encoder, pair["image"], pair["region"], cfg)
-        for kind, _, share, value in objects_of(z[0], pair["label"][0], pair["region"][0]):
-            found.setdefault(kind, []).append((share, value.cpu()))
-    state.styles, state.means = {}, {}
+    photos = usable(dataset(cfg, "train", mirror=False, crop=(0, 0)).require("image"), cfg)
+    found, state.styles = {}, {}
+    for i in tqdm(range(len(photos)), desc="encode", unit="image", disable=None):
+        pair = test_pair(photos[i], state, cfg)
+        z = style_map(state, pair, cfg)[0]
+        for kind, _, share, mask in objects_in(pair["label"][0], pair["region"][0]):
+            found.setdefault(kind, []).append((share, style_at(z, mask).cpu()))
     for kind, objects in sorted(found.items()):
-        state.means[kind] = torch.stack([value for _, value in objects]).mean(0)
-        large = [value for share, value in objects if share > cfg.min_area]
-        if large:
-            state.styles[kind] = kmeans(torch.stack(large), cfg.clusters, cfg.seed)
-    names = class_table(cfg.classes).names + ("unknown",)
-    print("styles: " + ", ".join(f"{names[k]} {len(v)}" for k, v in state.styles.items()))
+        large = [value for share, value in objects if share > 1 / 64 or not cfg.released]
+        values = large or [value for _, value in objects]
+        state.styles[kind] = kmeans(torch.stack(values), 10, cfg.seed)
+    print("styles of each class:", {kind: len(v) for kind, v in state.styles.items()})
 
 
-def finish(cfg: Config, state: State, folder: Path) -> Path:
-    """After training, E computes the styles of all objects once (Sec. 3.4); the run's folder."""
-    if state.encoder is not None and common.place()[0] == 0:
-        encode(cfg, state)
-        keep_styles(state, folder / "checkpoint.pt")
-    return folder
+def kmeans(points: Tensor, k: int, seed: int = 0) -> Tensor:
+    """K-means: points (n, C) -> centres (min(k, distinct points), C).
+
+    The start is that of k-means++: each new centre is a point drawn with probability proportional
+    to its squared distance from the nearest centre so far. Released code: the best of ten starts.
+    """
+    generator, points = torch.Generator().manual_seed(seed), points.double().cpu()
+    k = min(k, len(points.unique(dim=0)))
+
+    def distances(centres: Tensor) -> Tensor:   # (n, K), squared; torch.cdist would round
+        return (points[:, None] - centres).square().sum(2)
+
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < k:
+        chance = distances(centres).amin(1)
+        new = torch.multinomial(chance / chance.max(), 1, generator=generator)
+        centres = torch.cat([centres, points[new]])
+    for _ in range(100):
+        owner = distances(centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, owner, points)
+        sizes = owner.bincount(minlength=k)[:, None]
+        moved = torch.where(sizes > 0, sums / sizes, centres)           # one without points stays
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres.float()
 
 
-def keep_styles(state: State, path: Path) -> None:
-    """The styles, into the checkpoint that the encoder is of."""
+def keep_styles(cfg: Config, state: State, path: Path) -> None:
+    """The mode encode: the styles, into the checkpoint that the encoder is of."""
     stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
-    common.save_file(stored | {"styles": state.styles, "means": state.means}, path)
-    print(f"{sum(map(len, state.styles.values()))} styles of {len(state.styles)} classes: {path}")
+    if state.encoder is None or "script" not in stored:
+        raise UserError(f"{path}: has no encoder (--features 3), or is the authors' file, which "
+                        "cannot hold styles; start a run from it with --init")
+    encode(cfg, state)
+    common.save_file(stored | {"styles": state.styles}, path)
 
 
-def read_clusters(path: Path) -> dict[int, Tensor]:
-    """A released clusters file, numpy's pickle of {class: (K, C)}: class -> centres.
+def centres_of(state: State, cfg: Config, kind: int) -> Tensor:
+    """The styles of a class (K, C); one of zeros if training never saw it.
 
-    numpy would run any code that such a file names. Here a name that is not one of numpy's own
-    constructors of plain arrays is refused.
+    The checkpoint of an interrupted run has none yet, and the authors' files never have.
     """
-    harmless = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")}
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in harmless:
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-            return super().find_class(module, name)
-
-    try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of the format")
-            np.lib.format.read_array_header_1_0(file)
-            content = Reader(file, encoding="latin1").load()
-        centres = content.item() if isinstance(content, np.ndarray) else content
-        return {int(k): torch.from_numpy(np.atleast_2d(np.asarray(v, np.float32)))
-                for k, v in centres.items()}
-    except Exception as error:                  # numpy and pickle errors share no narrower class
-        raise UserError(f"{path}: not a clusters file ({type(error).__name__}: {error})")
-
-
-def need_styles(state: State, cfg: Config) -> None:
-    """Styles of an interrupted run are not in its checkpoint yet."""
-    if not state.styles:
-        if not cfg.data and cfg.classes != "streets":
-            raise UserError("styles are read off training photos; name their folder with --data")
-        notice("no styles in the checkpoint yet: encoding the training photos; the mode encode "
-               "keeps them")
+    if cfg.features and not state.styles:
+        notice("no styles in the checkpoint yet: encoding the training photos; encode keeps them")
         encode(cfg, state)
+    if cfg.features and kind not in state.styles:
+        notice(f"class {kind}: was never seen in training; its style is 0")
+    return state.styles.get(kind, torch.zeros(1, cfg.features))
 
 
-def centres_of(state: State, kind: int) -> Tensor:
-    """The styles of a class (K, C); its mean where there are none, zeros if never seen."""
-    if kind in state.styles:
-        return state.styles[kind]
-    notice(f"class {kind}: no style was clustered; its "
-           + ("mean" if kind in state.means else "style is 0: it was never seen"))
-    some = next(iter([*state.styles.values(), *state.means.values()]))
-    return state.means.get(kind, torch.zeros_like(some.flatten()[:some.shape[-1]]))[None]
+def draw_styles(state: State, pair: dict, cfg: Config, k: int, vary: tuple = ()) -> Tensor:
+    """"We randomly pick one cluster center" per object (Sec. 3.4): a pair of one image -> z.
 
-
-def draw_styles(state: State, label: Tensor, region: Tensor, seed: int,
-                vary: tuple[int, ...] = ()) -> Tensor:
-    """"We randomly pick one cluster center" per object (Sec. 3.4): label, region (1, H, W) -> z.
-
-    What an object draws depends on the seed and its id alone, so it keeps its style when others
-    change. With `vary`, only objects of these classes follow the seed; all others have seed 0.
+    A draw follows from the seed, the image's name, k and the object's id: so it is another in each
+    image, and an object keeps its style when others change. With `vary`, only objects of these
+    classes have a draw for each k; all others keep that of k = 0.
     """
-    label, region = label[0], region[0]
-    objects = objects_of(label.new_zeros(1, *label.shape), label, region)
-    z = None
-    for kind, number, _, _ in objects:
-        centres = centres_of(state, kind)
-        own = seed if not vary or kind in vary else 0
-        draw = torch.Generator().manual_seed(hash((own, number)) % 2 ** 32)   # the same anywhere
-        value = centres[torch.randint(len(centres), (1,), generator=draw)].to(label.device)
-        z = torch.zeros(1, value.shape[1], *label.shape, device=label.device) if z is None else z
-        z[0, :, region == number] = value.T
+    label, region = pair["label"][0], pair["region"][0]
+    z = torch.zeros(1, cfg.features, *label.shape, device=label.device)
+    for kind, number, _, mask in objects_in(label, region):
+        centres = centres_of(state, cfg, kind)
+        seed = draw_seed(cfg.seed, f"{pair['name']} {number}", k if not vary or kind in vary else 0)
+        choice = torch.randint(len(centres), (1,), generator=torch.Generator().manual_seed(seed))
+        z[0, :, mask] = centres[choice].T.to(z)
     return z
-
-
-def synthesise(state: State, pair: dict, cfg: Config, seed: int = 0,
-               vary: tuple[int, ...] = ()) -> Tensor:
-    """The test-time image (1, 3, H, W): no photo is seen, styles are drawn."""
-    return generate(state, pair["input"], style_map(state, pair, cfg, seed, vary))
 
 
 def scenes(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:
     """What to make images of: --input, at its own sizes or at `size`, or the test split."""
     if not cfg.input:
         return usable(dataset(cfg, "test"), cfg)
-    files = common.input_files(cfg.input, "A" if cfg.task == "pairs" else "label",
-                               cfg.instances if wants_instances(cfg) else cfg.instances or None)
-    return common.Dataset(files=files, classes=cfg.classes, size=size)
+    instances = cfg.instances or ("" if needs_instances(cfg) else None)
+    files = common.input_files(cfg.input, "label" if cfg.classes else "A", instances)
+    items = common.Dataset(files=files, classes=cfg.classes, size=size, understood=cfg.understood)
+    common.notice_scale(items, cfg.understood, cfg.size)
+    return items
 
 
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
@@ -1227,172 +1144,109 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     the styles drawn for each object: of all, or of those whose class is named in --vary.
     """
     if state.encoder is None and (cfg.samples > 1 or cfg.vary):
-        raise UserError("this run has no encoder, so a label map has one image: no --samples and "
-                        "no --vary; train with --features 3 for more")
+        raise UserError("no encoder: a label map has one image; train with --features 3 for more")
     items, target = scenes(cfg, size), Path(cfg.output or Path(cfg.out, "test"))
     vary = tuple(class_id(name, class_table(cfg.classes)) for name in cfg.vary)
     for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
         pair = test_pair(item, state, cfg)
         for k, path in enumerate(paths):
-            save_images(synthesise(state, pair, cfg, cfg.seed + k, vary).cpu(), path)
+            z = style_map(state, pair, cfg, k, vary)
+            save_images(generate(state, pair["input"], z, cfg), path)
     return target
 
 
 class Editor:
-    """Instance-level editing of one scene (Sec. 4.3, Fig. 1 and 11).
+    """Instance-level editing of one scene (Sec. 4.3, Figs. 1 and 11).
 
     label and instance (H, W) int64 and the style map z (C, H, W) stay in step; boundaries are
-    computed from the instances, and `render` shows the scene. Every change can be undone.
+    computed from the instances, and `render` shows the scene. Every change goes through `put`,
+    which remembers the scene as it was, for `undo`.
 
         editor = Editor(state, cfg, item)
         editor.set_style(10001, 3).set_class(9002, "vegetation").undo()
         image = editor.render()                              # (3, H, W) in [-1, 1]
     """
 
-    def __init__(self, state: State, cfg: Config, item: dict, seed: int = 0):
-        if "label" not in item:
-            raise UserError("edit needs label maps; this run was trained on pairs of images")
+    def __init__(self, state: State, cfg: Config, item: dict):
         self.state, self.cfg, self.history = state, cfg, []
-        self.table = class_table(cfg.classes)
-        pair = test_pair(item, state, cfg)
-        self.label = pair["label"][0].clone()
-        self.instance = pair.get("instance", pair["label"])[0].clone()
-        if state.encoder is not None:           # set_style asks for them
-            need_styles(state, cfg)
-        self.z = style_map(state, pair, cfg, None if "image" in pair else seed)[0].clone()
+        self.table, pair = class_table(cfg.classes), test_pair(item, state, cfg)
+        self.label, self.instance = pair["label"][0], pair.get("instance", pair["label"])[0]
+        self.z = style_map(state, pair, cfg, None if "image" in pair else 0)[0]
         for _, number, _, value in self.objects():
             self.z[:, self.instance == number] = value[:, None]
 
     def objects(self) -> list[tuple[int, int, float, Tensor]]:
         """(class, id, share of the image, style) of every object, the largest first."""
-        return sorted(objects_of(self.z, self.label, self.instance), key=lambda o: -o[2])
+        found = [(*rest, style_at(self.z, mask))
+                 for *rest, mask in objects_in(self.label, self.instance)]
+        return sorted(found, key=lambda each: -each[2])
 
-    def where(self, number: int) -> Tensor:
-        """The pixels (H, W) of an object."""
+    def find(self, number: int) -> tuple[Tensor, int]:
+        """The pixels (H, W) of an object, and the class of most of them."""
         mask = self.instance == number
         if not mask.any():
-            raise UserError(f"object {number}: not in this scene; it has "
-                            + ", ".join(str(o[1]) for o in self.objects()[:20]))
-        return mask
+            raise UserError(f"object {number}: not in this scene, which has "
+                            f"{self.instance.unique().tolist()}")
+        return mask, int(self.label[mask].bincount().argmax())
 
-    def keep(self) -> None:
-        """Remember the scene as it is, for undo."""
-        self.history.append((self.label.clone(), self.instance.clone(), self.z.clone()))
-
-    def assign(self, mask: Tensor, kind: int, number: int, value: Tensor | None = None) -> None:
-        """Class, id and style of some pixels. Without a value: what the object `number` has, else
-        what its class has in this scene, else the first style of the class."""
-        for like in (self.instance == number, self.label == kind):
-            rest = like & ~mask
-            if value is None and rest.any():
-                value = self.z[:, rest][:, 0]
-        if value is None and len(self.z):
-            value = centres_of(self.state, kind)[0].to(self.z.device)
-        if len(self.z):
-            self.z[:, mask] = value[:, None]
+    def put(self, mask: Tensor, kind, number, value: Tensor) -> "Editor":
+        """Class, id and style (C,) of some pixels; or one for each of them, the style (C, pixels).
+        """
+        self.history.append((self.label, self.instance, self.z))
+        self.label, self.instance, self.z = (part.clone() for part in self.history[-1])
         self.label[mask], self.instance[mask] = kind, number
+        self.z[:, mask] = (value if value.ndim == 2 else value[:, None]).to(self.z)
+        return self
 
-    def countable(self, kind: int) -> bool:
-        """Whether a class comes as things; of nameless classes, whether their ids say so."""
-        if self.table.things:
-            return self.name(kind) in self.table.things
-        return bool((self.instance[self.label == kind] != kind).any())
-
-    def free_id(self, kind: int, own: bool = False) -> int:
-        """The id for a new object: class * 1000 + k, with a k that is still free. But stuff, like a
-        road, takes the id that its class has here, or the number of its class, unless `own`: an
-        object that is made by an edit must not melt into all others of its class."""
-        used = set(self.instance.unique().tolist())
-        number = kind * 1000
-        same = self.instance[self.label == kind]
-        if not own and not self.countable(kind):
-            if len(same):
-                return int(same.mode().values)
-            number = number if kind in used else kind
-        while number in used:
-            number += 1
-        return number
+    def new_id(self, kind: int) -> int:
+        """For a new object: class * 1000 + k, with a k that is free."""
+        return next(n for n in itertools.count(1000 * kind) if not (self.instance == n).any())
 
     def set_class(self, number: int, name: str | int) -> "Editor":
-        """Make an object one of another class: a tree a building, a car a truck."""
-        mask, kind = self.where(number), class_id(name, self.table)
-        self.keep()
-        if (self.label[mask] == kind).all():
-            return self                         # it is one already
-        self.assign(mask, kind, self.free_id(kind, own=True))
-        return self
+        """Make an object one of another class, of its first style: a tree a building."""
+        mask, kind = self.find(number)[0], class_id(name, self.table)
+        first = centres_of(self.state, self.cfg, kind)[0]
+        return self.put(mask, kind, self.new_id(kind), first)
 
     def set_style(self, number: int, style: int) -> "Editor":
         """Give an object the style-th of the K modes of its class."""
-        mask = self.where(number)
-        if not len(self.z):
-            raise UserError("--style: this run has no encoder; train with --features 3")
-        kind = int(self.label[mask].mode().values)
-        centres = centres_of(self.state, kind)
+        mask, kind = self.find(number)
+        centres = centres_of(self.state, self.cfg, kind)
         if not 0 <= style < len(centres):
-            raise UserError(f"--style {number}={style}: {self.name(kind)} has styles 0 to "
-                            f"{len(centres) - 1}")
-        self.keep()
-        self.z[:, mask] = centres[style].to(self.z.device)[:, None]
-        return self
+            raise UserError(f"--style {number}={style}: {self.name(kind)} has {len(centres)} "
+                            "style(s), from 0 on; without --features 3 there is one")
+        return self.put(mask, self.label[mask], number, centres[style])
 
-    def remove(self, number: int, name: str | int | None = None) -> "Editor":
-        """Take an object out; a class, or the stuff that borders on it, grows into the hole."""
-        hole = self.where(number)
-        if name is not None:                    # the hole joins that class: no object of its own
-            kind = class_id(name, self.table)
-            self.keep()
-            self.assign(hole, kind, self.free_id(kind))
-            return self
-        if hole.all():
-            raise UserError(f"object {number}: fills the image; nothing borders on it")
-        self.keep()
-        kinds = [kind for kind in self.label.unique().tolist() if self.countable(kind)]
+    def remove(self, number: int) -> "Editor":
+        """Take an object out; the stuff that borders on it grows into the hole."""
+        hole, _ = self.find(number)
+        kinds = [k for k in self.label.unique().tolist() if self.name(k) in self.table.things]
         things = torch.isin(self.label, self.label.new_tensor(kinds))
-        left = -1
-        while hole.any():                       # a pixel a turn, from all four sides
-            things &= int(hole.sum()) != left   # nothing has grown: then things may grow, too
-            left = int(hole.sum())
-            for shift, axis in ((1, 1), (-1, 1), (-1, 0), (1, 0)):
-                source = (hole | things).roll(shift, axis)     # roll wraps round: the first line
-                source.select(axis, 0 if shift == 1 else -1).fill_(True)    # has no neighbour
-                take = hole & ~source
-                for plane in (self.label, self.instance, *self.z):
-                    plane[take] = plane.roll(shift, axis)[take]
-                hole &= ~take
-        return self
+        # From which pixel each one takes all it has; counted from 1, and 0 is not known yet.
+        count = 1 + torch.arange(hole.numel(), device=hole.device).view(1, *hole.shape).double()
+        source = count * ~(hole | things)
+        if not source.any():
+            raise UserError(f"object {number}: there is no stuff that could grow into its place")
+        while not source[0, hole].all():        # a pixel a turn, from all sides
+            source = torch.where(source > 0, source, F.max_pool2d(source, 3, 1, 1))
+        taken = source[0, hole].long() - 1
+        return self.put(hole, self.label.flatten()[taken], self.instance.flatten()[taken],
+                        self.z.flatten(1)[:, taken])
 
     def paste(self, number: int, down: int, right: int) -> "Editor":
         """Add a copy of an object, so many pixels away; what falls outside the image is cut."""
-        mask, (h, w) = self.where(number), self.label.shape
+        (mask, kind), (h, w) = self.find(number), self.label.shape
         target = torch.zeros_like(mask)
-        if abs(down) < h and abs(right) < w:    # a negative margin cuts, a positive one fills
+        if abs(down) < h and abs(right) < w:
             target = F.pad(mask, (right, -right, down, -down))
         if not target.any():
             raise UserError(f"--paste {number}@{down},{right}: lies outside the image")
-        kind = int(self.label[mask].mode().values)
-        self.keep()
-        value = self.z[:, mask][:, 0].clone()
-        number = self.free_id(kind, own=True)
-        self.assign(target, kind, number, value)
-        return self
-
-    def paint(self, top: int, left: int, bottom: int, right: int, name: str | int) -> "Editor":
-        """Fill a rectangle with a class, as its stuff or as one new object."""
-        h, w = self.label.shape
-        if not (0 <= top < bottom <= h and 0 <= left < right <= w):
-            raise UserError(f"--paint {top},{left},{bottom},{right}: not a rectangle (top, left, "
-                            f"bottom, right) within {h} x {w}")
-        kind, mask = class_id(name, self.table), torch.zeros_like(self.label, dtype=torch.bool)
-        mask[top:bottom, left:right] = True
-        self.keep()
-        self.assign(mask, kind, self.free_id(kind))
-        return self
+        return self.put(target, kind, self.new_id(kind), style_at(self.z, mask))
 
     def undo(self) -> "Editor":
         """The scene before the last change."""
         if not self.history:
-            raise UserError("undo: nothing was changed yet")
+            raise UserError("--undo: nothing was changed yet")
         self.label, self.instance, self.z = self.history.pop()
         return self
 
@@ -1405,7 +1259,7 @@ class Editor:
 
     def render(self) -> Tensor:
         """The image (3, H, W) in [-1, 1] of the scene as it is now."""
-        return generate(self.state, self.pair()["input"], self.z[None])[0].cpu()
+        return generate(self.state, self.pair()["input"], self.z[None], self.cfg)[0].cpu()
 
     def picture(self) -> Tensor:
         """The label map (3, H, W) in [-1, 1], with the borders of objects in black."""
@@ -1414,38 +1268,27 @@ class Editor:
 
 def edit(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
     """The mode edit: the changes in their order, a picture of before and after, the objects."""
-    items = scenes(cfg, size)
-    item = items.named(cfg.item)
-    editor = Editor(state, cfg, item, cfg.seed)
+    items = scenes(cfg, size).require("label")
+    item = items.find_example(cfg.item)
+    path = Path(cfg.output or Path(cfg.out, "edits", item["name"] + ".png"))
+    common.writable("--output", path, items.reads)
+    editor = Editor(state, cfg, item)
     before = [editor.picture(), editor.render()]
-    for text in cfg.edits:
-        apply_edit(editor, text)
+    for text in cfg.edits:                      # as "style 10001=3"
+        name, _, value = text.partition(" ")
+        method, form, pattern = EDITS[name]
+        parts = re.fullmatch(pattern, value)
+        if parts is None:
+            raise UserError(f"--{name} {value}: expected {form}")
+        getattr(editor, method)(*(int(part) if part.lstrip("-").isdigit() else part
+                                  for part in parts.groups()))
     print(f"{item['name']}\n{'object':>10}  {'class':16}{'share':>8}  styles")
-    for c, number, share, _ in editor.objects():
-        n = len(state.styles.get(c, ())) if len(editor.z) else 0
-        print(f"{number:>10}  {editor.name(c):16}{100 * share:7.2f}%  "
-              + (f"0..{n - 1}" if n else "none"))
-    free = (Path(cfg.out, "edits", f"{n}.png") for n in itertools.count(1))
-    path = Path(cfg.output) if cfg.output else next(path for path in free if not path.exists())
-    read_from = {file.parent.resolve() for files in items.files if isinstance(files, dict)
-                 for file in files.values()}
-    if path.exists() or path.parent.resolve() in read_from:
-        raise UserError(f"--output {path}: exists already, or would join what is read there; name "
-                        "another file")
+    for kind, number, share, _ in editor.objects():
+        styles = len(state.styles.get(kind, ()))
+        print(f"{number:>10}  {editor.name(kind):16}{100 * share:7.2f}%  {styles}")
     save_images(torch.stack([*before, editor.picture(), editor.render()]), path, nrow=2)
     print(f"before, and below it after: {path}")
     return path
-
-
-def apply_edit(editor: Editor, text: str) -> None:
-    """One change: "set 26001=building", "style 26001=3", "undo", ..."""
-    kind, _, what = text.partition(" ")
-    form, pattern = EDITS[kind]
-    parts = re.fullmatch(pattern, what)
-    if parts is None:
-        raise UserError(f"--{kind} {what}: expected {form}")
-    method = getattr(editor, {"set": "set_class", "style": "set_style"}.get(kind, kind))
-    method(*(int(p) if re.fullmatch(r"-?\d+", p or "") else p for p in parts.groups()))
 
 
 # ----------------------------------------------------------------------------- 6 Evaluation
@@ -1453,9 +1296,7 @@ def apply_edit(editor: Editor, text: str) -> None:
 # The paper's numbers, all on Cityscapes by PSPNet: pixel accuracy in percent, mean IoU.
 TABLE_1 = {"pix2pix": (78.34, .3948), "CRN": (70.55, .3483), "ours": (83.78, .6389),
            "oracle": (84.29, .6857)}
-SLIDES_GENERATORS = {"unet": (77.86, .3905), "crn": (78.96, .3994),
-                     "coarse-to-fine": (83.78, .6389)}
-SLIDES_SCALES = {1: (82.87, .5775), 3: (83.78, .6389)}
+SLIDES = {"U-Net": (77.86, .3905), "CRN": (78.96, .3994), "one D": (82.87, .5775)}
 PREFERENCE = {"GAN": 68.55, "GAN+FM": 58.90}    # Sec. 4.2: so many percent prefer the full loss
 
 
@@ -1466,177 +1307,59 @@ def evaluate(cfg: Config, state: State) -> dict:
     Table 1: a network trained on real photos labels the generated ones; its score on the real test
     photos, the oracle, says how well that can be done at all. Styles are drawn, not encoded.
     """
-    if cfg.task == "pairs":
-        raise UserError("evaluate scores images by their label maps; this run's inputs are "
-                        "pictures; use sample")
+    test_set = usable(dataset(cfg, "test"), cfg).require("image").require("label").require_scored()
     device, out = next(state.generator.parameters()).device, Path(cfg.out)
-    test_set = usable(dataset(cfg, "test"), cfg).has("image")
-    photos = dataset(cfg, "train", limit=0, crop=(0, 0))
-    table, scorer = class_table(cfg.classes), common.fcn_scorer(
-        photos, out.parent, device, cfg.vgg, cfg.scorer_width, cfg.scorer_steps)
-    confusion, l1 = {}, []
+    photos, table = dataset(cfg, "train", limit=0, crop=(0, 0)), class_table(cfg.classes)
+    scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
+    confusion = {"output": 0, "truth": 0}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair = test_pair(test_set[i], state, cfg)
-        x_hat = synthesise(state, pair, cfg, cfg.seed)
-        l1.append((x_hat - pair["image"]).abs().mean().item())
-        for row, view in {"output": x_hat, "truth": pair["image"]}.items():
-            counts = common.confusion_matrix(scorer(view).argmax(1), pair["label"], table).cpu()
-            confusion[row] = confusion.get(row, 0) + counts
-    metrics = {"images": len(l1), "L1": sum(l1) / len(l1)}
-    metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
-    report(metrics, cfg)
-    out.mkdir(parents=True, exist_ok=True)
+        x_hat = generate(state, pair["input"], style_map(state, pair, cfg, 0), cfg)
+        for row, image in (("output", x_hat), ("truth", pair["image"])):
+            labels = scorer(image).argmax(1)
+            confusion[row] += common.confusion_matrix(labels, pair["label"], table).cpu()
+    metrics = {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
+    metrics["images"] = len(test_set)
+    report(metrics)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return metrics
 
 
-def report(metrics: dict, cfg: Config) -> None:
+def report(metrics: dict) -> None:
     """The metrics as text beside the paper's. Its data and scorer are others: compare orderings."""
-    here = {"this run": metrics["output"], "real photos (oracle)": metrics["truth"]}
-    lines = {f"{name}: {cfg.generator}, {cfg.loss}, {cfg.scales} scale(s)" if name == "this run"
-             else name: (100 * scores["per-pixel acc"], scores["class IOU"])
-             for name, scores in here.items()}
-    lines |= {f"paper, Cityscapes, Table 1, {name}": v for name, v in TABLE_1.items()}
-    lines |= {f"paper, slides, generator {name}": v for name, v in SLIDES_GENERATORS.items()}
-    lines |= {f"paper, slides, {n} scale(s) of D": v for n, v in SLIDES_SCALES.items()}
-    print(f"\n{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1] "
-          "(nothing here minimises it)")
-    print(f"\n{'Table 1; this run by our own scorer':50}{'pixel acc':>10}{'mean IoU':>10}")
-    for name, (accuracy, iou) in lines.items():
-        print(f"  {name:48}{accuracy:10.2f}{iou:10.4f}")
-    for loss, percent in PREFERENCE.items():
-        print(f"  people, full loss against {loss}: {percent} % prefer the full loss")
+    scores = {name: (100 * metrics[row]["per-pixel acc"], metrics[row]["class IOU"])
+              for name, row in (("this run", "output"), ("its real photos", "truth"))}
+    scores |= {f"paper, Table 1, {name}": value for name, value in TABLE_1.items()}
+    scores |= {f"paper, slides, {name}": value for name, value in SLIDES.items()}
+    print(f"{metrics['images']} images {'pixel acc':>27}{'mean IoU':>10}")
+    for name, (accuracy, iou) in scores.items():
+        print(f"  {name:28}{accuracy:10.2f}{iou:10.4f}")
+    print(f"percent of people who prefer the full loss to another, Sec. 4.2: {PREFERENCE}")
 
 
-# ----------------------------------------------------------------------------- 7 Machinery
-# What trains any network. Nothing below is the paper's, and from pick_device on it is word for word
-# the same in the four scripts.
-
-NAME = "pix2pixhd"
-# In State; the first is what testing needs, the first three are networks.
-NETWORKS = ("generator", "discriminator", "encoder", "styles", "means")
-MODES = ("train", "sample", "edit", "encode", "evaluate", "check", "trace")
-CALL = {"preset": ("train", "check", "trace"), "resume": ("train",),
-        "checkpoint": ("sample", "evaluate", "edit", "encode"), "input": ("sample", "edit"),
-        "instances": ("sample", "edit"), "output": ("sample", "edit"), "samples": ("sample",),
-        "vary": ("sample",), "item": ("edit",), "edits": ("edit",),
-        "clusters_file": ("encode",)}
-# What may differ from the checkpoint when a run goes on, and when it is tested.
-FREE = {"data", "epochs", "fine_epochs", "steps", "save_every", "gpu", "workers", "precision",
-        "compile", "channels_last", "out", *CALL} - {"preset"}
-FREE_AT_TEST = FREE | {"size", "limit", "seed", "vgg", "clusters", "min_area", "scorer_width",
-                       "scorer_steps"}
-NEEDED = {"labels2photo": "label", "pairs": "A"}     # task: kind of file
-# Settings of a network that is tested, not trained: no perceptual loss, hence no VGG-19.
-ALONE = {"compile": False, "loss": "GAN"}
-
-
-def wants_instances(cfg: Config) -> bool:
-    return cfg.boundary or cfg.features > 0 and cfg.pool == "instance"
-
-
-def usable(examples: common.Dataset, cfg: Config) -> common.Dataset:
-    """A dataset itself, if it has what the networks read."""
-    if wants_instances(cfg) and "instance" not in examples.has(NEEDED[cfg.task]).roles:
-        raise UserError(f"--data {cfg.data}: instance maps are needed, but its {examples.split} "
-                        "split has none; train with --no-boundary (and --pool label) without them")
-    return examples.has(NEEDED[cfg.task])
-
-
-def dataset(cfg: Config, split: str, **more) -> common.Dataset:
-    train = split == "train"
-    return common.Dataset(**dict(
-        data=cfg.data, split=split, size=cfg.size, crop=cfg.crop if train else (0, 0),
-        mirror=train and cfg.mirror, classes=cfg.classes, direction=cfg.direction, limit=cfg.limit,
-        seed=cfg.seed, instances=cfg.boundary or cfg.pool == "instance") | more)
-
-
-def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
-    """Both splits, and the config with what the data turned out to be: classes, boundary, pool."""
-    (h, w), n = cfg.size, cfg.enhancers
-    if not cfg.data and min(h, w) >> n < 32:
-        raise UserError(f"--size {h} {w}: the first stage would see {h >> n} x {w >> n} pixels; "
-                        "the streets need at least 32 x 32")
-    if cfg.crop[0] > h or cfg.crop[1] > w:
-        raise UserError(f"--crop {cfg.crop[0]} {cfg.crop[1]}: larger than --size {h} {w}")
-    train_set, test_set = dataset(cfg, "train").has("image"), dataset(cfg, "test")
-    roles, cfg = train_set.roles, replace(cfg, classes=train_set.classes)
-    if not cfg.resume:
-        if cfg.task == "labels2photo" and "label" not in roles:
-            cfg = replace(cfg, task="pairs", boundary=False)
-        if cfg.task == "labels2photo" and "instance" not in roles:
-            if cfg.boundary:
-                notice("no instance maps: trained without the boundary channel")
-            if cfg.features and cfg.pool == "instance":
-                notice("no instance maps: features are averaged over labels")
-            cfg = replace(cfg, boundary=False, pool="label")
-        if cfg.generator != "coarse-to-fine":   # these halve as often as the size allows
-            least = 2 if cfg.generator == "unet" else 4     # rows and columns of the smallest map
-            cfg = replace(cfg, downs=max([k for k in range(2, 9) if not (h % 2 ** k or w % 2 ** k)
-                                          and min(h, w) >= least * 2 ** k], default=1))
-    return cfg, usable(train_set, cfg), usable(test_set, cfg)
-
-
-def stage_of(stored: dict, where: str | Path) -> Stage:
-    """The stage that a checkpoint is of."""
-    try:
-        return plan(Config(**stored["config"]))[stored["stage"]]
-    except (KeyError, TypeError, IndexError, UserError) as error:
-        raise UserError(f"{where}: damaged, or of another version ({error})")
-
-
-def left_off(cfg: Config, stages: list[Stage], stored: dict) -> Stage:
-    """The stage of a run that goes on, which no setting may move to another epoch."""
-    begun, n = stage_of(stored, Path(cfg.out, "checkpoint.pt")).first, stored["stage"]
-    if stages[n].first != begun:
-        raise UserError(f"--epochs {cfg.epochs}, --fine-epochs {cfg.fine_epochs}: would move "
-                        f"stage {n + 1}, which began at epoch {begun}, to {stages[n].first}; only "
-                        "the last stage can grow")
-    return stages[n]
-
-
-def open_stage(cfg: Config, stages: list[Stage], device: torch.device,
-               place: dict | None = None) -> tuple[common.Loader, common.Dataset]:
-    """The images of a stage, from the start or from a place in the data; and those of its grids."""
-    loader = common.Loader(dataset(cfg, "train"), cfg.batch_size, cfg.workers, device, cfg.seed,
-                           stages[-1].first + stages[-1].epochs, cfg.steps)
-    if place:
-        loader.load_state_dict(place)
-    return loader, dataset(cfg, "test")
-
-
-def announce(stages: list[Stage]) -> None:
-    """The coarse-to-fine schedule, a line per stage."""
-    for i, stage in enumerate(stages, 1):
-        h, w = stage.cfg.size if 0 in stage.cfg.crop else stage.cfg.crop
-        print(f"stage {i} of {len(stages)}, {stage.name}: {stage.epochs} epochs at {h}x{w} with "
-              f"{stage.cfg.scales} D scale(s)")
-
-
-def schedule(cfg: Config) -> set[str]:
-    """The settings that the learning rate follows."""
-    return {"epochs", "fine_epochs"}
-
+# -------------------------------------------------------------------------------- 7 The run
+# Device, checkpoint, log, stop: what any training needs. Nothing of it is the paper's, and all of
+# it is word for word the same in the four scripts.
 
 def pick_device(cfg: Config) -> torch.device:
-    """The device of this process. Under torchrun it also joins the other processes."""
+    """The device of this process. Under torchrun it also joins the other processes, and each has a
+    GPU of its own, whichever --gpu names."""
     n, torchrun = torch.cuda.device_count(), dist.is_torchelastic_launched()
-    rank = os.environ["LOCAL_RANK"] if torchrun else None
-    gpu = cfg.gpu if cfg.gpu is not None else int(rank or 0) if n else -1
-    if gpu >= n or gpu >= 0 and cfg.gpu is not None and rank:
-        here = ", ".join(f"{k} ({torch.cuda.get_device_name(k)})" for k in range(n)) or "no GPU"
-        raise UserError(f"--gpu {gpu}: this machine has {here}; -1 is the CPU; under torchrun, "
-                        "which gives each process its own, leave the flag out")
+    gpu = min(n, 1) - 1 if cfg.gpu is None else cfg.gpu          # the first, or none: -1
+    if torchrun and gpu >= 0:
+        gpu = int(os.environ["LOCAL_RANK"])
+    if gpu >= n:
+        raise UserError(f"--gpu {gpu}: this machine has {n} GPU(s), from 0 on; --gpu -1 is the CPU")
     if gpu >= 0:
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.benchmark = True   # sizes stay the same: search the fastest once
-    if rank and not dist.is_initialized():
+    if torchrun and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu >= 0 else "gloo")
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", gpu) if gpu >= 0 else torch.device("cpu")
 
 
-def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+def prepare(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """A network on its device, with memory order, precision and compilation as asked for."""
     last = device.type == "cuda" if cfg.channels_last is None else cfg.channels_last
     net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -1644,7 +1367,7 @@ def dress(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if cfg.precision == "bf16":                 # losses and optimisers stay in float32
         forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-        net.forward = lambda *x: common.to_float(forward(*x))
+        net.forward = lambda *x: tree_map(lambda y: y.float(), forward(*x))
     if cfg.compile:
         net.compile()                           # in place: names in the checkpoint stay as they are
     return net
@@ -1660,35 +1383,48 @@ def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def read(*paths: str | Path) -> dict:
+def read_weights(*paths: str | Path) -> dict:
     """The content of checkpoints; of the authors' files, their weights under our names."""
     content = {}
-    for path in paths:
-        stored = common.load_file(Path(path), f"train first, or name a checkpoint of {NAME}.py")
+    for path in map(Path, paths):
+        stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
         if "script" not in stored:
-            stored = rename_released({str(k).removeprefix("module."): v for k, v in stored.items()},
-                                     Path(path))
+            stored = {str(key).removeprefix("module."): value for key, value in stored.items()}
+            stored = rename_released(stored, path)
         elif stored["script"] != NAME:
             raise UserError(f"{path}: a checkpoint of {stored['script']}.py, not of {NAME}.py")
-        elif not isinstance(stored.get(NETWORKS[0]), dict):
-            raise UserError(f"{path}: damaged, without the {NETWORKS[0]}")
         content = stored | content
     return content
 
 
-def load(state: State, stored: dict, where: str, everything: bool = False) -> None:
+def load(state: State, stored: dict, path: str | Path, everything: bool = False) -> None:
     """The networks, or (--resume) everything, go from what was read into state."""
     names = [name for name, value in vars(state).items() if everything or (
         name in NETWORKS and value is not None and stored.get(name) is not None)]
-    if not names:
-        raise UserError(f"{where}: holds {', '.join(stored)}, of which this run uses nothing")
+    if NETWORKS[0] not in names:
+        raise UserError(f"{path}: holds {', '.join(stored)}, but no {NETWORKS[0]} for this run")
     for name in names:
         value = getattr(state, name)
-        if hasattr(value, "load_state_dict"):
-            common.fill(value, stored.get(name), f"{where}: {name}")
-        else:                                   # a tensor, a number, or None
-            setattr(state, name, stored.get(name))
-    stored.clear()                              # no second copy stays in memory
+        try:
+            if isinstance(value, torch.optim.Optimizer):
+                load_moments(value, stored[name])
+            elif hasattr(value, "load_state_dict"):
+                value.load_state_dict(stored[name])
+            else:                               # a tensor, a number, or None
+                setattr(state, name, stored[name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: its {name} is of another version or size than this run's "
+                            f"({' '.join(str(error).split()):.160})")
+
+
+def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:
+    """An optimiser's moments, each in the memory order of its parameter: the fused update pairs
+    their values as they lie in memory. Its rates are the config's."""
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for parameter, moments in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 class Run:
@@ -1701,132 +1437,260 @@ class Run:
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
                  stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
-        self.log, self.pending, self.asked = [], [], 0          # asked: the signal that came
-        path = Path(cfg.out, "checkpoint.pt")
+        self.log, self.pending, self.asked, self.before = [], [], 0, {}   # asked: by which signal
         if stored:                              # --resume
-            common.fill(loader, stored.get("place"), f"{path}: place")
-            self.log = stored.get("log", [])
-            load(state, stored, str(path), everything=True)
-        elif cfg.out and path.exists():
+            load(state, stored, cfg.out, everything=True)
+            loader.load_state_dict(stored["place"])
+            self.log = stored["log"]
+        elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
             raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
                             "larger --epochs or --steps goes on")
-        self.kept = loader.state_dict()         # the place at which all was saved
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
-            cfg = replace(cfg, out=cfg.out or str(common.free_folder(NAME)), resume=False)
-            self.lock = common.lock(Path(cfg.out))
-            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+            cfg = replace(cfg, out=cfg.out or str(new_folder(NAME)))
+            if not stored:
+                common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
+                                ("samples",))
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
                   f"{loader.per_epoch} an epoch; in {cfg.out}")
-        self.cfg = cfg
+        self.cfg, self.dead, self.finished, self.saved = cfg, False, loader.step, loader.step
+        self.clock, self.cost = time.perf_counter(), 0.0    # of the last save: when, how long
 
     def __enter__(self) -> "Run":
         loader = self.loader
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
-        heard = [n for n in common.STOPPING if signal.getsignal(n) != signal.SIG_IGN]    # nohup
-        self.before = {number: signal.signal(number, self.stop) for number in heard}
+        if threading.current_thread() is threading.main_thread():         # others get no signals
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:            # as nohup sets it
+                    self.before[number] = signal.signal(number, self.stop)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type, error: BaseException, trace) -> None:
+        """An error between two steps, as a file that cannot be read, costs none of them."""
+        if error and self.loader.rank == 0 and self.saved < self.finished == self.loader.step:
+            self.save()
         self.bar.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.loader.rank == 0:
-            self.lock.close()
 
     def stop(self, number: int, frame) -> None:
         self.asked = number
         signal.signal(number, self.before[number])
 
-    def stopped(self, now: bool = False) -> bool:
+    def stopped(self) -> bool:
         """Whether any process was told to stop: all must leave at the same step."""
-        now |= self.loader.world == 1 or self.loader.step % 10 == 0
-        if now and self.loader.world > 1:       # asking makes everyone wait
+        now = self.loader.world == 1 or self.loader.step % 10 == 0
+        if self.loader.world > 1 and now:       # asking makes everyone wait
             told = torch.tensor(self.asked, device=self.loader.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
             self.asked = int(told)
         return now and self.asked > 0
 
     def done(self, losses: dict[str, Tensor]) -> None:
-        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures."""
+        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures, if
+        that costs less than a tenth of the time; after half an hour in any case."""
         loader = self.loader
         loader.over |= self.stopped()
+        self.finished = loader.step
         if loader.rank == 0:
             self.bar.update()
-            self.pending.append(losses)         # on the device still: no step waits for them
-            saving = loader.over or loader.step % (self.cfg.save_every or loader.per_epoch) == 0
+            self.pending.append(torch.stack(list(losses.values())))      # on the device still
+            since = time.perf_counter() - self.clock
+            due = since > 1800 or loader.step % loader.per_epoch == 0
+            saving = loader.over or due and since > 9 * self.cost
             if saving or loader.step % 20 == 0:
-                self.note()
+                self.note(list(losses))
             if saving:
                 self.save()
 
-    def note(self) -> None:
+    def note(self, names: list[str]) -> None:
         """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        names, step, epoch = list(self.pending[0]), self.loader.step, self.loader.epoch
-        values = torch.stack([torch.stack(list(losses.values())) for losses in self.pending]).cpu()
-        for i, k in (~values.isfinite()).nonzero().tolist():
-            bad = step + 1 + i - len(values)
-            raise UserError(f"loss {names[k]} is {values[i, k]} at step {bad}: stopped; the last "
-                            "good checkpoint is kept. A smaller --lr may help")
-        self.log.append({"step": step, "epoch": epoch} | self.loader.speed() | {
-            name: f"{value:.5g}" for name, value in zip(names, values.mean(0).tolist())})
+        means, self.pending = torch.stack(self.pending).mean(0).tolist(), []
+        losses = dict(zip(names, means))
+        if not np.isfinite(means).all():
+            self.saved = self.finished          # nothing of this is worth keeping
+            raise UserError(f"step {self.loader.step}: {losses}: stopped; the last good checkpoint "
+                            "is kept. A smaller --lr may help")
+        of_d = [value for name, value in losses.items() if name.startswith("d_")]
+        self.dead = len(of_d) > 0 and sum(of_d) < 1e-6           # D is always right
+        self.log.append({"step": self.loader.step, "epoch": self.loader.epoch}
+                        | self.loader.speed() | {k: f"{value:.5g}" for k, value in losses.items()})
         self.bar.set_postfix(self.log[-1])
-        self.pending = []
 
     def save(self) -> None:
-        """The checkpoint: everything that --resume needs, as plain tensors and numbers. Pictures.
-
-        It comes first and whole; a full disk, or nobody who reads what is printed, costs no work.
-        """
-        out, self.kept = Path(self.cfg.out), self.loader.state_dict()
+        """Pictures, which never end a run. Then the checkpoint: everything that --resume needs, as
+        tensors and numbers; a run that died in finite numbers keeps the last one before."""
+        out, begun, dead = Path(self.cfg.out), time.perf_counter(), self.dead
+        if not self.asked:                      # who wants to stop does not wait for pictures
+            try:
+                images = sample_grid(self.state, self.cfg, self.test_set,
+                                     out / "samples" / f"{self.loader.step:07d}.png")
+                equal = len(images) > 1 and images.diff(dim=0).abs().max() < 0.01
+                dead = bool(dead or equal or images.abs().mean() > 0.98)
+            except (UserError, OSError, RuntimeError) as error:
+                notice(f"no pictures at step {self.loader.step}: {error}")
+        if dead and (out / "checkpoint.pt").exists() and not (out / "alive.pt").exists():
+            shutil.copyfile(out / "checkpoint.pt", out / "alive.pt")
+            self.bar.write(f"step {self.loader.step}: this run looks dead, D's loss is 0 or all "
+                           f"outputs are equal or saturated; {out / 'alive.pt'} keeps the last "
+                           "checkpoint before. A smaller --lr may help")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
-            "script": NAME, "config": asdict(self.cfg), "log": self.log, "place": self.kept},
-            out / "checkpoint.pt")
+            "script": NAME, "config": asdict(self.cfg), "log": self.log,
+            "place": self.loader.state_dict()}, out / "checkpoint.pt")
+        self.saved = self.loader.step
+        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
         if self.log:
-            common.plot_log(self.log, out)
+            plot_log(self.log, out)
             self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
-        if not self.asked:                      # who wants to stop does not wait for pictures
-            sample_grid(self.state, self.cfg, self.test_set,
-                        out / "samples" / f"{self.loader.step:07d}.png")
         self.loader.speed()                     # saving and drawing are not training
+        self.clock, self.cost = time.perf_counter(), time.perf_counter() - begun
 
     def end(self) -> Path:
-        """After the last step. Whoever was stopped elsewhere, in a search, has yet to save."""
-        if self.loader.rank == 0 and self.kept != self.loader.state_dict():
-            self.save()
+        """After the last step."""
+        if self.asked and self.loader.rank == 0:
+            print(f"stopped at step {self.loader.step} and saved; to go on: "
+                  f"python {NAME}.py --resume --out {self.cfg.out}")
         if self.asked:
-            if self.loader.rank == 0:
-                print(f"stopped at step {self.loader.step} and saved; to go on: "
-                      f"python {NAME}.py --resume --out {self.cfg.out}")
             sys.exit(128 + self.asked)
         return Path(self.cfg.out)
 
 
-# ---------------------------------------------------------------------------- 8 Command line
+def plot_log(log: list[dict], out: Path) -> None:
+    """log.csv, and losses.png, whose curves are means over ten of its rows."""
+    lines = [log[0], *(row.values() for row in log)]
+    (out / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    figure, n = matplotlib.figure.Figure(figsize=(8, 4.5)), min(10, len(log))
+    axes = figure.subplots()
+    for name in list(log[0])[4:]:                # after step, epoch and the loader's speed
+        mean = np.convolve([float(row[name]) for row in log], np.ones(n) / n, "valid")
+        axes.plot([row["step"] for row in log[n - 1:]], mean, ".-", label=name)
+    axes.set(xlabel="step", ylabel="loss (mean over ten rows of log.csv)", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(out / "losses.png", dpi=120)
 
-def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Config:
-    """A checkpoint's config with the given flags; those not `free` must not contradict it."""
-    ours = "script" in stored
+
+def new_folder(kind: str) -> Path:
+    """The next free runs/<kind>-N, made."""
+    path = next(p for n in itertools.count(1) if not (p := Path("runs", f"{kind}-{n}")).exists())
+    path.mkdir(parents=True)
+    return path
+
+
+# ------------------------------------------------- 8 Command line and the authors' files
+
+def for_testing(cfg: Config) -> Config:
+    """The config with which a network is built to be tested: no perceptual loss, hence no VGG."""
+    return replace(cfg, compile=False, loss="GAN")
+
+
+def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
+    """What is done with a trained network; a run of several stages may be at an early one."""
+    enter(state, cfg, state.stage)
+    cfg = at_level(cfg, state.generator.level)
+    if "size" in given:
+        cfg = replace(cfg, size=given["size"])
+    if mode == "evaluate":
+        evaluate(cfg, state)
+    elif mode == "encode":
+        keep_styles(cfg, state, Path(*(cfg.checkpoint[:1] or (cfg.out, "checkpoint.pt"))))
+    else:
+        make = sample if mode == "sample" else edit
+        make(cfg, state, given.get("size"))
+
+
+def trace(cfg: Config) -> None:
+    """Layers, shapes and parameters in one training step of the last stage; FLOPs and time."""
+    device = pick_device(cfg)
+    cfg, _, _ = open_data(replace(cfg, compile=False))
+    state = build(cfg, device)
+    here, loader, _ = open_stage(cfg, state.stage, device)
+    pair = make_pair(next(iter(loader)), here)
+    common.trace_step({name: getattr(state, name) for name in NETWORKS[:3]},
+                      lambda: train_step(state, pair, here))
+
+
+def rename_released(stored: dict, path: Path) -> dict:
+    """The authors' files (a plain state dict of G or of E) under our names.
+
+    G1 is "model", enhancer n is "model<n>_1" (front-end) and "model<n>_2" (the rest); numbers count
+    layers, also those without weights. Inside each list the order is ours, so the convolutions are
+    matched in order. Files from before PyTorch 0.4 hold statistics, too, that were never used.
+    """
+    # "model.16.conv_block.1" before "model.25", "model" before "model1_1": numbers as numbers.
+    theirs = sorted((key.removesuffix(".weight") for key in stored if key.endswith(".weight")),
+                    key=lambda key: [part.zfill(4) for part in key.split(".")])
+    parts = {key.partition(".")[0] for key in theirs}                   # model, model1_1, model1_2
+    if "model" not in parts:
+        raise UserError(f"{path}: no checkpoint of {NAME}.py and no released G or E; its first key "
+                        f"is {next(iter(stored), 'missing')}")
+    # n enhancers; each block has two convolutions, and so has each halving, down and up again.
+    n, globe = len(parts) // 2, [key for key in theirs if key.startswith("model.")]
+    blocks = sum("conv_block" in key for key in globe) // 2
+    inner = sum("model1_2." in key and "conv_block" in key for key in theirs) // 2
+    if blocks:
+        downs = (len(globe) - 2 * blocks - (1 if n else 2)) // 2
+        name, net = "generator", Generator(3, 3, 2 ** n, downs, blocks, n, inner)
+    else:
+        name, net = "encoder", Encoder(3, 1, len(theirs) // 2 - 1)
+    # Ours, from the input to the output: the same order. Only convolutions hold weights.
+    ours = [key for key, module in net.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    return {name: {f"{own}.{tensor}": stored[f"{key}.{tensor}"] for key, own in zip(theirs, ours)
+                   for tensor in ("weight", "bias") if f"{key}.{tensor}" in stored}}
+
+
+def released_config(stored: dict, given: dict) -> dict:
+    """The settings that the authors' networks have, read off the shapes of their weights."""
+    # The width of the first layer tells G's, the number of layers the rest, and what the first
+    # layer reads besides the classes tells whether there are boundaries.
+    weights, encoder = stored.get("generator"), stored.get("encoder")
+    if weights is None:
+        raise UserError("no generator among these files; to test, give its file, too")
+
+    def count(start: str, end: str) -> int:
+        return sum(key.startswith(start) and key.endswith(end) for key in weights)
+
+    # "features" channels come from E, if its file is there; the rest are classes and a boundary.
+    features = 0 if encoder is None else len(encoder["output.0.bias"])
+    width, c = weights["globe.front.0.weight"].shape[:2]
+    classes = given.get("classes", "cityscapes")
+    rest = c - features - class_table(classes).channels
+    if rest not in (0, 1) and c - features != 3:
+        raise UserError(f"takes {c} channels, the {classes} labels have {c - features - rest}; a "
+                        "boundary adds 1, an encoder (give its file, too) adds its features; "
+                        "--classes says otherwise")
+    return dict(
+        width=width, enhancers=count("enhancers.", ".front.0.weight"), features=features,
+        classes=classes if rest in (0, 1) else "", boundary=rest == 1,
+        pool="instance" if rest == 1 else "label",
+        layers=(count("globe.back", "weight"), count("globe.residual", "branch.0.weight"),
+                count("enhancers.0.residual", "branch.0.weight") or 3))
+
+
+# From here on to the end it is word for word the same in the four scripts again.
+
+def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config:
+    """A checkpoint's config with the given flags; those not free must not contradict it."""
+    ours, free = "script" in stored, ("call", "resume", "test") if testing else ("call", "resume")
     if not ours and not given.keys() & {"data", "input"}:
-        raise UserError(f"{where}: released weights know no dataset; say --input or --data")
-    config = stored.get("config") if ours else released_config(stored, given)
+        raise UserError(f"{path}: released weights know no dataset; say --input or --data")
+    config = dict(stored["config"] if ours else released_config(stored, given))
+    for f in common.flags(Config):
+        if f.metadata["free"] == "call":
+            config.pop(f.name, None)
+        trained = config.get(f.name)
+        if ours and f.metadata["free"] not in free and given.get(f.name, trained) != trained:
+            raise UserError(f"{flag(f.name)} {given[f.name]} contradicts {path}, which was trained "
+                            f"with {trained}; leave the flag out")
     try:
-        cfg = Config(**config)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: damaged, or of another version ({error}); start a run from its "
-                        "weights with --init")
-    for name, value in given.items():
-        if ours and name not in free and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} contradicts {where}, which was trained with "
-                            f"{getattr(cfg, name)}; leave the flag out")
-        if "resume" in given and name in schedule(cfg) and value != getattr(cfg, name):
-            notice(f"{flag(name)} {value}, begun with {getattr(cfg, name)}: the learning rate "
-                   f"follows it, so this is no run that had {value} from its start")
-    cfg = replace(cfg, **{"init": ()} | given)
+        cfg = Config(**config | given)
+    except TypeError as error:
+        raise UserError(f"{path}: of another version ({error}); --init starts a run from it")
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
         common.same_classes(dataset(cfg, "test"), cfg.classes)
     return cfg
@@ -1834,104 +1698,41 @@ def stored_config(stored: dict, where: str, given: dict, free: set[str]) -> Conf
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    words = in_order(sys.argv[1:] if arguments is None else arguments)
-    mode, given = common.parse(words, Config, NAME, MODES, CALL, __doc__)
-    runs = [Path(given["out"], "checkpoint.pt")] if "out" in given else sorted(
-        Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime)
-    paths = given.get("checkpoint", ([Path(f"runs/{NAME}-1/checkpoint.pt")] + runs)[-1:])
-    where, testing = " ".join(map(str, paths)), mode not in ("train", "check", "trace")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    mode, given = common.parse(words, Config, NAME, MODES, __doc__)
+    testing, stored = mode not in ("train", "check", "trace"), None
     if testing or given.get("resume"):
-        stored, given = read(*paths), {"out": common.run_of(paths[0])} | given
-        cfg = stored_config(stored, where, given, FREE_AT_TEST if testing else FREE)
+        newest = max(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime,
+                     default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
+        if "out" in given:
+            newest = Path(given["out"], "checkpoint.pt")
+        paths = given.get("checkpoint", (newest,))
+        stored, path = read_weights(*paths), " ".join(map(str, paths))
+        if Path(paths[0]).name == "checkpoint.pt":          # it lies in its run's folder
+            given = {"out": str(Path(paths[0]).parent)} | given
+        cfg = stored_config(stored, path, given, testing)
+    elif "checkpoint" in given:
+        raise UserError("--checkpoint goes with --resume here; --init starts a run from weights")
     else:
-        stored = None
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
     if testing:
-        cfg = at_stage(cfg, given, stored, where)
-        state = build(replace(cfg, **ALONE), pick_device(cfg))
-        ours = "script" in stored
-        load(state, stored, where)
         if not (cfg.out or cfg.output):         # weights that lie in no run's folder
-            cfg = replace(cfg, out=str(common.free_folder(NAME)))
-        run_mode(mode, cfg, state, given, ours)
+            cfg = replace(cfg, out=str(new_folder(NAME)))
+        if not cfg.output:                      # tried first, not after the work
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            if not os.access(cfg.out, os.W_OK):
+                raise UserError(f"--out {cfg.out}: may not be written; name another --out")
+        cfg = for_testing(cfg)
+        state = build(cfg, pick_device(cfg))
+        load(state, stored, path)
+        run_mode(mode, cfg, state, given)
     elif mode == "train":
         train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                          Path(cfg.out or common.free_folder("check")))
+                          Path(cfg.out or new_folder("check")))
     else:
         trace(cfg)
-
-
-def in_order(words: list[str]) -> list[str]:
-    """--set, --style, ... as --edits, which collects them in the order of the command line."""
-    rest, out = iter(words), []
-    for word in rest:
-        name, sign, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in EDITS:
-            out.append(word)
-        else:
-            value = next(rest, "") if EDITS[name][0] and not sign else value
-            out += ["--edits", f"{name} {value}".strip()]
-    return out
-
-
-def at_stage(cfg: Config, given: dict, stored: dict, where: str) -> Config:
-    """The config of the stage that a checkpoint is of: a run of several may be at an early one."""
-    if cfg.stage != "all":                      # of one stage, or the authors'
-        return plan(cfg)[0].cfg
-    size = stage_of(stored, where).cfg.size
-    return replace(plan(cfg)[stored["stage"]].cfg, size=given.get("size", size))
-
-
-def run_mode(mode: str, cfg: Config, state: State, given: dict, ours: bool) -> None:
-    """What is done with a trained network."""
-    path = Path([*cfg.checkpoint, Path(cfg.out, "checkpoint.pt")][0])
-    if mode != "encode" and not (fit(state.styles, 2, cfg) and fit(state.means, 1, cfg)):
-        raise UserError(f"{path}: its styles do not fit its classes; the mode encode mends them")
-    if mode == "sample":
-        sample(cfg, state, given.get("size"))
-    elif mode == "edit":
-        edit(cfg, state, given.get("size"))
-    elif mode == "encode":
-        encode_again(cfg, state, path, ours)
-    else:
-        evaluate(cfg, state)
-
-
-def fit(styles: dict, ndim: int, cfg: Config) -> bool:
-    """Whether these are numbers per object, as many as there are features, by known classes."""
-    return isinstance(styles, dict) and all(
-        k in range(class_table(cfg.classes).channels) and torch.is_tensor(v) and v.ndim == ndim
-        and v.shape[-1] == cfg.features for k, v in styles.items())
-
-
-def encode_again(cfg: Config, state: State, path: Path, ours: bool) -> None:
-    """The mode encode: new styles, computed or read, into the checkpoint."""
-    if state.encoder is None or not ours:
-        raise UserError(f"{path}: has no encoder (--features 3), or is the authors' file, which "
-                        "cannot hold styles; start a run from it with --init")
-    if cfg.clusters_file:
-        state.styles = read_clusters(Path(cfg.clusters_file))
-        if not state.styles or not fit(state.styles, 2, cfg):
-            raise UserError(f"{cfg.clusters_file}: holds classes {sorted(state.styles)}; this run "
-                            f"has {class_table(cfg.classes).channels}, with {cfg.features} numbers")
-    else:
-        encode(cfg, state)
-    keep_styles(state, path)
-
-
-def trace(cfg: Config) -> None:
-    """Layers, shapes and parameters in one training step of the last stage; FLOPs and time."""
-    device = pick_device(cfg)
-    cfg, _, _ = open_data(replace(cfg, compile=False))
-    stages = plan(cfg)
-    announce(stages)
-    cfg = stages[-1].cfg
-    state, loader = build(cfg, device), open_stage(cfg, stages, device)[0]
-    pair = make_pair(next(iter(loader)), cfg)
-    common.trace_step({name: getattr(state, name) for name in NETWORKS[:3]},
-                      lambda: train_step(state, pair, cfg))
 
 
 if __name__ == "__main__":

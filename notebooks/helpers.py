@@ -1,25 +1,32 @@
 """What all five notebooks need: listings, pictures, tables, and checks of what a student typed.
 
-Nothing in here belongs to a paper. `start()` makes a notebook's outputs the same on every run of
-one machine: one thread, one seed.
+Nothing in here belongs to a paper. The last part knows what each built-in street can look like, so
+that a model's outputs can be compared with the true distribution. `start()` makes a notebook's
+outputs the same on every run of one machine: one thread, one seed.
 """
 
 import contextlib
 import inspect
 import io
+import itertools
+import math
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common                      # before torch: it says how torch's threads wait
+import common  # noqa: F401 (before torch: it says how torch's threads wait)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML, Image as Picture, Markdown, display
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+
+from common import (
+    COLOR_LAW, PALETTES, STREET_GRAIN, TIMES, WEATHERS, Style, draw_style, modes, paint, render,
+    street_scene)
 
 CPU = torch.device("cpu")
 WEIGHTS = Path(__file__).resolve().parent / "weights"      # trained beforehand; see its README
@@ -46,13 +53,11 @@ def trained(script, name: str, **changes):
 
     The same as `sample --checkpoint weights/NAME.pt` does; `changes` are flags of that call.
     """
-    given, where = {"gpu": -1} | changes, f"weights/{name}.pt"
-    stored = script.read(WEIGHTS / f"{name}.pt")
-    cfg = script.stored_config(stored, where, given, script.FREE_AT_TEST)
-    if hasattr(script, "at_stage"):                         # pix2pixHD: which networks there are
-        cfg = script.at_stage(cfg, given, stored, where)
-    state = script.build(replace(cfg, **script.ALONE), CPU)
-    script.load(state, stored, where)
+    path = WEIGHTS / f"{name}.pt"
+    stored = script.read_weights(path)
+    cfg = script.stored_config(stored, f"weights/{name}.pt", {"gpu": -1} | changes, testing=True)
+    state = script.build(script.for_testing(cfg), CPU)
+    script.load(state, stored, path)
     return cfg, state
 
 
@@ -179,3 +184,131 @@ def say(value) -> str:
     flat = torch.as_tensor(value, dtype=torch.float64).detach().flatten()
     text = ", ".join(f"{v:.0f}" if v == round(v) else f"{v:.3g}" for v in flat[:4].tolist())
     return text if flat.numel() == 1 else f"[{text}{', ...' if flat.numel() > 4 else ''}]"
+
+
+# ------------------------------------------------------- What one street can look like, exactly
+
+class Street:
+    """The oracle of one built-in street: all its modes, their probabilities, and how to tell them.
+
+    A mode is an "air" (time, weather, palette) and a colour per vehicle. A region is a vehicle,
+    another object, or the stuff of one class, from 1 % of the image on (vehicles: always). Regions
+    are compared by mean colours on [0, 1]. A vehicle's paint is taken to change its own region
+    alone (a test measures that), so that 27 x 4 renderings stand for all modes.
+    """
+
+    def __init__(self, index: int, size: tuple[int, int]):
+        self.layout = paint(street_scene(0, index), size)
+        laws = [COLOR_LAW[name] for _, name in self.layout.vehicles]
+        self.airs = list(itertools.product(TIMES, WEATHERS, PALETTES))
+        self.time = torch.tensor([list(TIMES).index(time) for time, _, _ in self.airs])
+        p = torch.tensor([p for _, p in modes(self.layout)], dtype=torch.float64)
+        self.p = p.view(len(self.airs), *map(len, laws))           # (27, n_1, n_2, ...)
+        ids, regions = np.unique(self.layout.instance, return_inverse=True)
+        self.regions = torch.from_numpy(regions.reshape(-1))
+        self.area = torch.bincount(self.regions)
+        self.own = own = [int(np.flatnonzero(ids == k)[0]) for k, _ in self.layout.vehicles]
+        self.rest = [r for r in range(len(ids)) if r not in own
+                     and self.area[r] >= 0.01 * len(self.regions)]
+        self.stuff = torch.empty(len(self.airs), len(self.rest), 3)
+        self.paint = torch.full((len(self.airs), len(own), 4, 3), torch.inf)
+        for (a, air), c in itertools.product(enumerate(self.airs), range(4)):
+            style = Style(*air, tuple(list(law)[c % len(law)] for law in laws))
+            photo = torch.from_numpy(render(self.layout, style)).permute(2, 0, 1)
+            means = self.means(photo[None] * 2 - 1)[0]
+            if c == 0:
+                self.stuff[a] = means[self.rest]
+            for v, law in enumerate(laws):
+                self.paint[a, v, c % len(law)] = means[own[v]]
+        gaps = [(a - b).abs().max() for a, b in itertools.combinations(self.stuff, 2)]
+        for v, law in enumerate(laws):
+            colours = self.paint[:, v, :len(law)].unbind(1)
+            gaps += [(a - b).abs().amax(1).min() for a, b in itertools.combinations(colours, 2)]
+        self.tau = min(gaps).item() / 2         # half the way to the nearest other mode
+
+    def means(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1] -> mean colours of all regions (n, regions, 3) on [0, 1]."""
+        values = (images.clamp(-1, 1).float().flatten(2).movedim(2, 0) + 1) / 2    # (H * W, n, 3)
+        sums = torch.zeros(len(self.area), *values.shape[1:]).index_add_(0, self.regions, values)
+        return (sums / self.area[:, None, None]).transpose(0, 1)
+
+    def read(self, images: Tensor) -> dict[str, Tensor]:
+        """The nearest mode of each image (n, 1 + vehicles), and whether it is that mode.
+
+        valid (n,): all regions within tau of it. fits (n, R): the region alone fits some mode.
+        agree (n,): every region, taken alone, votes for the same time of day. majority (n,): the
+        share of the regions' area whose vote is the most frequent one.
+        """
+        means, rows = self.means(images), torch.arange(len(images))
+        stuff = (means[:, None, self.rest] - self.stuff).abs()                # (n, 27, R, 3)
+        paint = (means[:, None, self.own, None] - self.paint).abs()           # (n, 27, V, 4, 3)
+        cost, colour = paint.sum(4).min(3)                                    # (n, 27, V)
+        air = (stuff.sum((2, 3)) + cost.sum(2)).argmin(1)
+        colour = colour[rows, air]                                            # (n, V)
+        worst = stuff[rows, air].amax((1, 2))
+        for v in range(len(self.own)):
+            worst = torch.maximum(worst, paint[rows, air, v, colour[:, v]].amax(1))
+        alone = torch.cat([stuff.amax(3), paint.amax(4).amin(3)], 2)          # (n, 27, R + V)
+        votes = self.time[torch.cat([stuff.sum(3), cost], 2).argmin(1)]       # (n, R + V)
+        area = self.area[self.rest + self.own] / self.area[self.rest + self.own].sum()
+        most = (F.one_hot(votes, len(TIMES)) * area[:, None]).sum(1)          # (n, times)
+        return {"mode": torch.cat([air[:, None], colour], 1), "valid": (worst < self.tau).float(),
+                "fits": (alone.amin(1) < self.tau).float(),
+                "agree": (votes == votes[:, :1]).all(1).float(), "majority": most.amax(1)}
+
+    def times(self, modes: Tensor) -> list[str]:
+        """The times of day of modes as `read` gives them."""
+        return [self.airs[a][0] for a in modes[:, 0]]
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """The true sampler: n photos (n, 3, H, W) in [-1, 1] of this layout."""
+        rng = np.random.default_rng([seed, 7])
+        photos = [render(self.layout, draw_style(self.layout, rng)) for _ in range(n)]
+        photos = np.stack([photo + STREET_GRAIN * rng.standard_normal(photo.shape)
+                           for photo in photos])
+        return torch.from_numpy(photos).float().clamp(0, 1).permute(0, 3, 1, 2) * 2 - 1
+
+    def measure(self, seen: dict[str, Tensor]) -> dict[str, float]:
+        """MEASURES of what `read` saw in n samples. TV is NaN where none is valid."""
+        n, p = len(seen["mode"]), self.p.flatten()
+        strides = torch.tensor([math.prod(self.p.shape[i + 1:]) for i in range(self.p.ndim)])
+        valid = (seen["mode"] * strides).sum(1)[seen["valid"] > 0]
+        count = torch.bincount(valid, minlength=len(p))
+        hit, rare, tv = (count > 0).double(), p < 0.05, (count / max(len(valid), 1) - p).abs().sum()
+        times = torch.bincount(self.time[seen["mode"][:, 0]], minlength=3) / n
+        values = [*(seen[k].mean() for k in ("valid", "fits", "agree", "majority")),
+                  hit.mean(), p[hit > 0].sum(), hit[rare].mean(),
+                  tv / 2 if len(valid) else torch.tensor(math.nan),
+                  (times - torch.tensor(list(TIMES.values()))).abs().sum() / 2,
+                  (1 - (1 - p) ** n).mean()]
+        return {name: value.item() for name, value in zip(MEASURES, values, strict=True)}
+
+
+MEASURES = {  # what no real dataset allows; the row of the true sampler says what can be reached
+    "joint precision": "share of samples with all regions within tau of one mode",
+    "class validity": "share of regions that alone fit some mode",
+    "T-agreement": "share of samples whose regions all vote for one time of day",
+    "T-majority": "share of a sample's area that votes for its most voted time of day",
+    "recall": "share of modes that a valid sample hits", "mass recall": "their probability",
+    "rare recall": "recall of modes below 5 %",
+    "TV": "total variation of the valid samples' modes from the truth",
+    "time TV": "the same of the times of day of all samples' nearest modes",
+    "ideal recall": "recall that n draws from the truth have on average"}
+
+
+def street_of(pair: dict) -> Street | None:
+    """The oracle of a batch of one of the built-in streets, unless its layout was edited."""
+    label = pair["label"][0].cpu().numpy()                         # (H, W)
+    oracle = Street(int(pair["name"].removeprefix("street_")), label.shape)
+    return oracle if np.array_equal(oracle.layout.label, label) else None
+
+
+def switches(modes: Tensor) -> int:
+    """How often the mode changes along a path (n, 1 + vehicles)."""
+    return int((modes[1:] != modes[:-1]).any(1).sum())
+
+
+def agreement(times: list[list]) -> float:
+    """P[two layouts show the same time of day for one noise]: times[layout][noise]."""
+    pairs = [a == b for i, x in enumerate(times) for y in times[:i] for a, b in zip(x, y)]
+    return sum(pairs) / max(len(pairs), 1)

@@ -4,14 +4,12 @@
     python tests/benchmark.py toy pix2pixhd       a group, or one by name; --list names them
     python tests/benchmark.py paper --gpu 0 --precision bf16 --compile
     python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
-    python tests/benchmark.py memory              what the papers' steps need, on any machine
-    python tests/benchmark.py threads             default and one thread, idle and on a busy machine
     python tests/benchmark.py yardstick RUN...    how good runs' pictures are, by the streets' law
-    python tests/benchmark.py small memory data threads --quick     on tiny networks: does it run?
+    python tests/benchmark.py small data --quick     on tiny networks: does it run?
 
-Batches are streets, read and paired by the script that is timed; VGG is random, which costs the
-same. Each configuration has a process of its own, so its memory is its own. On a busy machine use
---threads 1: all columns then go by the CPU's seconds, which other processes disturb least.
+Batches are streets, read and paired by the script that is timed; VGG has random weights, which cost
+the same. Each configuration has a process of its own, so its memory is its own. On a busy machine
+use --threads 1: all columns then go by the CPU's seconds, which other processes disturb least.
 """
 
 import argparse
@@ -26,53 +24,51 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("", "notebooks")]
 
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
+import helpers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.data import DataLoader, default_collate  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 # ------------------------------------------------------------------------------- configurations
 
-def case(script: str, classes: int = 0, what: str = "step", released: tuple = (), **settings):
+def case(script: str, classes: int = 0, what: str = "step", theirs: tuple = (), **settings):
     """`classes`: label channels, the streets' own and empty ones, or 0 for the streets' alone."""
-    return SimpleNamespace(script=script, classes=classes, what=what, released=released,
+    return SimpleNamespace(script=script, classes=classes, what=what, theirs=theirs,
                            settings=settings)
 
 
-# `released`: the authors' training steps at the same sizes and widths, measured once on an idle
+# `theirs`: the authors' training steps at the same sizes and widths, measured once on an idle
 # machine of two cores (2.5 GHz, AVX-512; fp32, batch 1, torch 2.15): seconds with two threads, CPU
 # seconds with one thread, GFLOP. Where the releases do other work than the papers say, ours is set
 # to do theirs: SPADE's first layer, VGG-19 at one size, V1's blocks.
-V2 = dict(size=(128, 256), width=32, batch_size=1, first="label", released_losses=True)
-V1 = dict(size=(128, 256), version="V1", batch_size=1, dgnorm=False, form="v1code")
+V2 = dict(size=(128, 256), width=32, batch_size=1, first="label", released=True)
+V1 = dict(size=(128, 256), version="V1", batch_size=1, dgnorm=False, released=True)
 IMLE = dict(size=(128, 256), width=128, rebalance="none")
 SMALL = {
-    "pix2pix": case("pix2pix", released=(0.92, 1.80, 86.9)),
-    "pix2pixhd": case("pix2pixhd", 35, released=(1.35, 2.49, 168),
+    "pix2pix": case("pix2pix", theirs=(0.92, 1.80, 86.9)),
+    "pix2pixhd": case("pix2pixhd", 35, theirs=(1.35, 2.49, 168),
                       size=(128, 256), enhancers=0, width=32, scales=2),
-    "pix2pixhd-encoder": case("pix2pixhd", 35, released=(2.97, 5.45, 411), size=(256, 512),
+    "pix2pixhd-encoder": case("pix2pixhd", 35, theirs=(2.97, 5.45, 411), size=(256, 512),
                               enhancers=0, width=16, d_width=32, features=3, scales=2),
-    "pix2pixhd-joint": case("pix2pixhd", 35, released=(3.07, 5.54, 415),
+    "pix2pixhd-joint": case("pix2pixhd", 35, theirs=(3.07, 5.54, 415),
                             size=(256, 512), width=32, d_width=32),
     "pooling": case("pix2pixhd", 0, "pooling", (0.36, 0.57, math.nan), size=(512, 1024)),
     "crn_imle": case("crn_imle", 20, **IMLE),
     "crn_imle-search": case("crn_imle", 20, "search", pool=1, **IMLE),
-    "spade": case("lab2pix", 35, released=(2.71, 5.04, 393), ablation="A_s", **V2),
-    "lab2pix-v2": case("lab2pix", 35, released=(8.00, 14.9, 1119), **V2),
-    "lab2pix-v1": case("lab2pix", 35, released=(5.49, 9.0, 610), **V1)}
+    "spade": case("lab2pix", 35, theirs=(2.71, 5.04, 393), ablation="A_s", **V2),
+    "lab2pix-v2": case("lab2pix", 35, theirs=(8.00, 14.9, 1119), **V2),
+    "lab2pix-v1": case("lab2pix", 35, theirs=(5.49, 9.0, 610), **V1)}
 TOY = {f"{script}-toy": case(script, preset="toy")
        for script in ("pix2pix", "pix2pixhd", "crn_imle", "lab2pix")}
 TOY["lab2pix-v1-toy"] = case("lab2pix", preset="toy-V1")
@@ -93,26 +89,31 @@ GROUPS, CASES = {"small": SMALL, "toy": TOY, "paper": PAPER}, SMALL | TOY | PAPE
 
 def tiny(script, side: int = 64) -> dict:
     """Settings of --quick."""
-    small = dict(size=(side, side), width=4, d_width=4, s_width=4, vgg_width=4, batch_size=2)
+    small = dict(size=(side, side), width=4, d_width=4, batch_size=2, vgg="random")
     return {key: value for key, value in small.items() if hasattr(script.Config, key)}
+
+
+def full_vgg(depth: int, weights: str) -> tuple[int, list[torch.Tensor]]:
+    """In place of common.read_vgg: without a download, at the cost of ImageNet's VGG."""
+    return depth, [p.detach() for p in common.vgg_trunk(depth).parameters()]
 
 
 def configure(name: str, options: argparse.Namespace):
     """The script of a configuration, and its config."""
     this, streets = CASES[name], common.TABLES["streets"]
     script = importlib.import_module(this.script)
-    given = this.settings | dict(vgg="random", precision=options.precision, gpu=options.gpu,
+    given = this.settings | dict(vgg="imagenet", precision=options.precision, gpu=options.gpu,
                                  channels_last=options.channels_last or None)
+    if not options.quick:
+        common.read_vgg = full_vgg
     if options.quick:
         given |= tiny(script, 128 if "v1" in name or "v2-h" in name else 64)    # S needs more
     cfg = script.configure(given.pop("preset", ""), given)
-    if this.script == "pix2pixhd":
-        cfg = script.plan(cfg)[-1].cfg          # G1, or G1 and G2 trained together
     empty = range(len(streets.names), this.classes)
     common.TABLES["streets"] = replace(
         streets, names=streets.names + tuple(f"empty {i}" for i in empty),
         colours=streets.colours + ((0, 0, 0),) * len(empty))
-    if "released_losses" in given:              # the releases' hidden layers have 128 at any width
+    if this.settings.get("released") and "version" not in given:   # hidden layers of 128
         block, globe = script.GenResBlk, script.GlobalEncoder
         script.GenResBlk = lambda c_in, c_out, n, _, *rest: block(c_in, c_out, n, 128, *rest)
         script.GlobalEncoder = lambda n, _, *rest: globe(n, 64, *rest)
@@ -235,59 +236,13 @@ def steps_table(names: list[str], options: argparse.Namespace) -> None:
     line("configuration", "size", "s/step", "CPU s", "images/s", "GFLOP", "GFLOP/s", "of peak",
          "GiB", *(("released", "GFLOP", "faster") if options.gpu < 0 else ()))
     for name in names:
-        row, released = alone(measure, name, options), CASES[name].released
+        row, released = alone(measure, name, options), CASES[name].theirs
         seconds = row.cpu if by_cpu else row.wall
         speed = row.gflop / seconds
         more = (released[by_cpu], released[2], f"{released[by_cpu] / seconds:.2f}x") if (
             released and options.gpu < 0 and not options.quick) else ()
         line(name, "{}x{}".format(*row.cfg.size), row.wall, row.cpu, row.cfg.batch_size / seconds,
              row.gflop, speed, f"{speed / peak:.0%}", row.gib, *more)
-
-
-# -------------------------------------------------------------------------------------- threads
-
-def seconds_with(name: str, threads: int, options: argparse.Namespace) -> float:
-    """Seconds of a step, by the clock; 0 threads: as the scripts choose."""
-    if threads:
-        torch.set_num_threads(threads)
-    else:
-        common.choose_threads()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        script, cfg = configure(name, options)
-        work = work_of(name, script, cfg, torch.device("cpu"))
-    times = []
-    for _ in range(2 + options.repeats):
-        clock = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - clock)
-    return sum(times[2:]) / options.repeats     # the mean: it is the rare long step that costs
-
-
-def turn() -> None:
-    while True:
-        pass
-
-
-def threads_table(options: argparse.Namespace) -> None:
-    """Steps of the toy presets, alone and beside as many computing processes as there are cores."""
-    cores = os.cpu_count() or 1
-    busy = [multiprocessing.get_context("spawn").Process(target=turn, daemon=True)
-            for _ in range(cores)]
-    print(f"\nSeconds of a step of the toy presets, by the clock: with the scripts' own number of "
-          f"threads, with\none, and with {cores}; alone, and beside {cores} that compute.")
-    line("configuration", "alone", "1 thread", "all", "busy", "1 thread", "all", "busy, own/1")
-    names, alone_, beside = list(TOY)[:1 if options.quick else None], {}, {}
-    for found in (alone_, beside):
-        if found is beside:
-            for process in busy:
-                process.start()
-        for name in names:
-            found[name] = [alone(seconds_with, name, n, options, fork=False)
-                           for n in (0, 1, cores)]
-    for process in busy:
-        process.terminate()
-    for name in names:
-        line(name, *alone_[name], *beside[name], beside[name][0] / beside[name][1])
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -314,7 +269,7 @@ def wait_share(name: str, data: str, workers: int, options: argparse.Namespace) 
     if options.quick:
         settings |= tiny(script)
     if name == "crn_imle":
-        settings |= dict(pool=4, keep_features=0)           # a short search, no features kept
+        settings |= dict(pool=4)                            # a short search
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
           contextlib.redirect_stderr(io.StringIO())):
         script.train(replace(script.Config(), out=folder, **settings))
@@ -339,83 +294,6 @@ def data_tables(options: argparse.Namespace) -> None:
         for script in ("pix2pix", "pix2pixhd", "crn_imle", "lab2pix"):
             line(name, script, *alone(wait_share, script, data, 0, options),
                  *alone(wait_share, script, data, 2, options))
-
-
-# --------------------------------------------------------------------------------------- memory
-
-class Peak(TorchDispatchMode):
-    """The most bytes at one moment: `now` in the `known` storages, and those made since."""
-
-    def __init__(self, now: int, known: set):
-        super().__init__()
-        self.now, self.most, self.known = now, now, set(known)
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        made = operation(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(made):
-            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return made
-
-    def freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def bytes_of(name: str, options: argparse.Namespace) -> SimpleNamespace:
-    """Bytes that one step needs, counted at full size on tensors that have shapes but no numbers.
-
-    What a forward pass keeps for the backward passes counts once, for the network that kept it
-    first. Adam's moments are added to the peak, since tensors without numbers cannot be updated.
-    """
-    script, cfg = configure(name, options)
-    state = script.build(cfg, torch.device("cpu"))
-    batch = batch_of(script, script.dataset(cfg, "train"), cfg, torch.device("cpu"))
-    batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
-    kept, inside, weights = {}, ["losses"], []
-    for key, value in vars(state).items():
-        if isinstance(value, torch.optim.Optimizer):
-            value.step = lambda: None
-        elif hasattr(value, "to"):
-            setattr(state, key, value.to("meta"))
-        if isinstance(value, torch.nn.Module):
-            kind = "VGG" if "vgg" in key else key[0].upper()
-            value.register_forward_pre_hook(lambda *_, kind=kind: inside.append(kind))
-            value.register_forward_hook(lambda *_: inside.pop() and None)
-            weights += value.parameters()
-    seen = {p.untyped_storage()._cdata for p in weights}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            kept[inside[-1]] = kept.get(inside[-1], 0) + storage.nbytes()
-            seen.add(storage._cdata)
-            weakref.finalize(storage, seen.discard, storage._cdata)     # another may take its place
-        return tensor.detach()
-
-    trained = sum(p.nbytes for p in weights if p.requires_grad)
-    with Peak(sum(p.nbytes for p in weights) + 2 * trained, seen) as peak:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            script.train_step(state, batch, cfg)
-    weights = sum(p.nbytes for p in weights) + 3 * trained
-    return SimpleNamespace(cfg=cfg, bytes=kept | {"weights": weights, "peak": peak.most})
-
-
-def memory_table(options: argparse.Namespace) -> None:
-    print("\nGiB that a training step needs, fp32, counted at full size without computing: kept "
-          "for backward by\nG, D, S, VGG and the losses; weights, gradients, Adam's moments; all "
-          "tensors at the worst moment.\nThe convolutions' workspace comes on top.")
-    parts = ("G", "D", "S", "VGG", "losses", "weights", "peak")
-    line("configuration", "size", "batch", *parts)
-    for name in PAPER:
-        if CASES[name].what == "step" and "features" not in name:     # pooling needs real numbers
-            row = alone(bytes_of, name, options)
-            line(name, "{}x{}".format(*row.cfg.size), str(row.cfg.batch_size),
-                 *(row.bytes.get(part, 0) / 2 ** 30 for part in parts))
 
 
 # ------------------------------------------------------------------------------------ yardstick
@@ -468,7 +346,7 @@ def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
 
 def street_of(index: int, item: dict, samples: int) -> SimpleNamespace:
     """A test street, with draws of its law, and with the first of them once more without grain."""
-    oracle, rng = common.Street(index, item["label"].shape), np.random.default_rng([index, 7])
+    oracle, rng = helpers.Street(index, item["label"].shape), np.random.default_rng([index, 7])
     clean = np.stack([common.render(oracle.layout, common.draw_style(oracle.layout, rng))
                       for _ in range(samples + DRAWS)])
     draws = (clean + common.STREET_GRAIN * rng.standard_normal(clean.shape)).clip(0, 1)
@@ -614,7 +492,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help="configurations or groups: small, toy, paper, data, memory, threads; "
+                        help="configurations or groups: small, toy, paper, data; "
                              "or yardstick, and runs' folders or files of weights")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
     parser.add_argument("--data", default="", metavar="DIR", help="with data: this folder, too")
@@ -640,7 +518,7 @@ def main() -> None:
     options.device = torch.cuda.get_device_name(options.gpu) if options.gpu >= 0 else "CPU"
     options.by_cpu = options.gpu < 0 and options.threads == 1
     wanted = options.names or ["paper" if options.gpu >= 0 else "small"]
-    unknown = set(wanted) - set(CASES) - set(GROUPS) - {"data", "memory", "threads"}
+    unknown = set(wanted) - set(CASES) - set(GROUPS) - {"data"}
     if unknown:
         parser.error(f"no configuration {', '.join(sorted(unknown))}; --list names them")
     names = [name for w in wanted for name in GROUPS.get(w, [w] if w in CASES else [])]
@@ -651,10 +529,6 @@ def main() -> None:
         steps_table(list(dict.fromkeys(names)), options)
     if "data" in wanted:
         data_tables(options)
-    if "memory" in wanted:
-        memory_table(options)
-    if "threads" in wanted:
-        threads_table(options)
 
 
 if __name__ == "__main__":

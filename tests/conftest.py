@@ -4,13 +4,14 @@
     python -m pytest --all    everything: notebooks executed, kills, torchrun, compilation
 """
 
+import ast
 import contextlib
 import csv
 import functools
 import importlib
 import io
+import multiprocessing.forkserver
 import os
-import pkgutil
 import re
 import shlex
 import signal
@@ -18,9 +19,11 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+import tokenize
 import zlib
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,23 +46,25 @@ torch.set_num_threads(1)                          # tiny networks: threads cost 
 
 # The least training of each script: five images in batches of two, so that an epoch has two steps
 # and step 3 is in mid-epoch.
-BASE = "--limit 5 --batch-size 2 --epochs 2000 --save-every 3 --gpu -1"
+BASE = "--limit 5 --batch-size 2 --epochs 2000 --gpu -1"
 TINY = {
-    "crn_imle": f"--size 32 32 --width 4 --layers conv1_1 --pool 4 --candidates 2 --inner-steps 2 "
-                f"--rebalance both --vgg random --lr 0.001 {BASE}",
-    "lab2pix": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 --T 1 "
-               "--discriminator patch --scales 1 --no-dgnorm --lambda-5 0 --vgg random "
-               f"--vgg-width 2 --lr 0.0002 {BASE}",
-    "lab2pix-full": "--size 64 64 --width 2 --noise 4 --first noise --d-width 2 --ups 4 "
-                    f"--vgg random --vgg-width 2 --lr 0.0002 {BASE}",
-    "lab2pix-V1": "--version V1 --size 64 64 --width 2 --noise 4 --d-width 2 --ups 5 --s-width 2 "
-                  f"--s-size 64 --vgg random --vgg-width 2 --lr 0.0002 {BASE}",
+    "crn_imle": "--size 32 32 --width 4 --encoder-width 8 --layers conv1_1 --pool 4 --candidates 2 "
+                f"--inner-steps 2 --rebalance both --vgg random --lr 0.001 {BASE}",
+    "lab2pix": "--size 64 64 --width 2 --first noise --ups 4 --T 1 --discriminator patch "
+               f"--no-dgnorm --lambda-5 0 --vgg random --lr 0.0002 {BASE}",
+    "lab2pix-full": "--size 64 64 --width 2 --first noise --ups 4 --vgg random --lr 0.0002 "
+                    f"{BASE}",
+    "lab2pix-V1": "--version V1 --size 64 64 --width 2 --ups 5 --vgg random --lr 0.0002 "
+                  f"{BASE}",
     "pix2pix": f"--size 32 32 --width 4 --patch 16 --lr 0.0002 {BASE}",
-    "pix2pixhd": "--size 32 32 --enhancers 0 --width 4 --downs 2 --blocks 1 --scales 1 --d-width 4 "
-                 "--features 2 --e-width 2 --min-area 0 --loss GAN+FM --vgg random --lr 0.0002 "
-                 f"{BASE}"}
+    "pix2pixhd": "--size 32 32 --enhancers 0 --width 4 --layers 2 1 1 --scales 1 --d-width 4 "
+                 f"--features 2 --loss GAN+FM --vgg random --lr 0.0002 {BASE}"}
 NAMES = ("crn_imle", "lab2pix", "pix2pix", "pix2pixhd")
-SCORER = "--vgg random --scorer-width 2 --scorer-steps 2"
+SCORER = "--vgg random"                                    # with the fixture small_scorer
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] * ("-" in row))      # slow: the larger versions
+        for row in TINY if row.partition("-")[0] in NAMES]
+# What `sample --input` asks for besides: these networks see the boundaries of objects.
+INSTANCES = dict.fromkeys(("lab2pix", "lab2pix-full", "pix2pixhd"), "--instances {}")
 
 
 def pytest_addoption(parser):
@@ -131,6 +136,34 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **options: None)
 
 
+@pytest.fixture(scope="module")
+def small_scorer():
+    """evaluate trains its FCN-8s for two steps instead of a thousand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "fcn_scorer", functools.partial(common.fcn_scorer, width=2, steps=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def steps_take_a_second():
+    """For the scripts a step takes one second, and all else no time. So a run saves at the end of
+    every epoch; by a real clock it would on an idle machine, and not on a busy one."""
+    clock = SimpleNamespace(now=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        for script in map(importlib.import_module, NAMES):
+            patch.setattr(script, "time", SimpleNamespace(**vars(time) | {
+                "perf_counter": lambda: clock.now}))
+            patch.setattr(script.Run, "done", later(clock, script.Run.done))
+        yield clock
+
+
+def later(clock: SimpleNamespace, done):
+    def told(run, losses):
+        clock.now += 1
+        return done(run, losses)
+    return told
+
+
 # ------------------------------------------------------------------------------ Running a script
 
 class Ended(NamedTuple):
@@ -181,6 +214,21 @@ def works(name: str, line: str) -> str:
     return ended.out
 
 
+def script_of(row: str):
+    """Of "lab2pix-V1" the script is lab2pix."""
+    return importlib.import_module(row.partition("-")[0])
+
+
+def test_line(row: str, run: Path | str, source: str = "a.png", more: str = "") -> str:
+    """`sample` of a run, for a file or folder with label maps: one image of each, unless said."""
+    instances = INSTANCES.get(row, "").format(source)
+    return (f"sample --checkpoint {run}/checkpoint.pt --input {source} {instances} --samples 1 "
+            f"{more}")
+
+
+test_line.__test__ = False
+
+
 def fails(name: str, line: str, *words) -> str:
     """The call must end as a user's mistake: exit code 2 and one line that has these words."""
     ended, script = as_user(name, line), name.partition("-")[0]
@@ -226,16 +274,59 @@ def torchrun(line: str, **options) -> subprocess.CompletedProcess:
                  f"--master_port {free_port()} {line}", **options)
 
 
+class Life(NamedTuple):
+    """How a process ended, by exit code or minus the signal; what it said."""
+    code: int
+    out: str
+    err: str
+
+
+def lives(name: str, line: str, act=None, *arguments, env: dict | None = None, wait: bool = True):
+    """The script in a process of its own, forked from one that has imported it already and trained
+    nothing. act(script, *arguments) is called there first. Without `wait`, the process."""
+    process = fork_server().Process(target=live, args=(
+        name.partition("-")[0], line, os.getcwd(), env or {}, act, arguments))
+    process.start()
+    return ended(process) if wait else process
+
+
+@functools.cache
+def fork_server():
+    """Where lives begin. It must find what it is to import by PYTHONPATH."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["conftest", *NAMES])
+        multiprocessing.forkserver.ensure_running()
+    return server
+
+
+def live(name: str, line: str, folder: str, env: dict, act, arguments: tuple) -> None:
+    os.chdir(folder)
+    os.environ.update(env)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, [signal.SIG_DFL, signal.default_int_handler][number == signal.SIGINT])
+    for number, file in ((1, "said"), (2, "wrong")):
+        stream = open(f"{file}{env.get('RANK', '')}.txt", "w")
+        os.dup2(stream.fileno(), number)
+        setattr(sys, ("stdout", "stderr")[number - 1], stream)
+    script = importlib.import_module(name)
+    matplotlib.figure.Figure.savefig = lambda *_, **more: None       # slower than the training
+    sys.argv = [f"{name}.py", *shlex.split(line)]
+    if act:
+        act(script, *arguments)
+    exec(last_lines(name), vars(script) | {"__name__": "__main__"})
+
+
+def ended(process, rank: str = "") -> Life:
+    process.join(300)
+    process.kill()
+    said = (Path(f"{file}{rank}.txt").read_text() for file in ("said", "wrong"))
+    return Life(process.exitcode, *said)
+
+
 # ---------------------------------------------------------------------------------------- Files
-
-def fill_the_disk(patch, name: str) -> None:
-    """torch.save, os.fsync or os.replace fail as on a full disk."""
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    assert callable(pkgutil.resolve_name(name))
-    patch.setattr(name, full)
-
 
 class Trap:
     """What unpickles to a file named "sprung", if somebody does unpickle it."""
@@ -322,6 +413,37 @@ def grey_levels(path: Path | str, y: torch.Tensor) -> int:
     assert theirs.std() > 5                                # a picture, not one colour
     with Image.open(path) as image:
         return int(np.abs(np.asarray(image).astype(int) - theirs).max())
+
+
+# ---------------------------------------------------------------------------------- Source texts
+
+def source(name: str) -> str:
+    return (SCRIPTS / f"{name}.py").read_text("utf-8")
+
+
+@functools.cache
+def count(name: str) -> tuple[set[int], set[int], ast.Module]:
+    """Line numbers of code, and of comments and docstrings, without blank lines; the tree."""
+    text, doc, code, comments = source(name), set(), set(), set()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            doc |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        lines = set(range(token.start[0], token.end[0] + 1))
+        if token.type == tokenize.COMMENT:
+            comments |= lines
+        elif token.string.strip() and token.type != tokenize.ENDMARKER:
+            code |= lines
+    full = {i for i, line in enumerate(text.splitlines(), 1) if line.strip()}
+    return (code - doc) & full, (comments | doc) & full, tree
+
+
+def rooms(name: str) -> dict[str, int]:
+    """Banner -> its line number."""
+    return {m[1]: i for i, line in enumerate(source(name).splitlines(), 1)
+            if (m := re.match(r"# -{20,} (\d.*)$", line))}
 
 
 # ------------------------------------------------------------------------------------- Comparing

@@ -12,6 +12,7 @@ stopped one goes on.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -25,8 +26,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("",
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
 import benchmark  # noqa: E402
+import crn_imle  # noqa: E402
+import pix2pix  # noqa: E402
+import pix2pixhd  # noqa: E402
 import torch  # noqa: E402
 from helpers import spread, verdict  # noqa: E402
+from torch import nn  # noqa: E402
 
 
 def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False):
@@ -37,12 +42,11 @@ def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False
 
 
 SEEN = ("IoU", "sharp", "colours")
-PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --no-smooth --epochs 12"
-HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --downs 1 "
-      "--blocks 2 --d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --lambda-vgg 10 --epochs 6 "
-      "--no-smooth")
+PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --generator unet --epochs 12"
+HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --layers 1 2 2 "
+      "--d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --lambda-vgg 10 --epochs 6 --no-smooth")
 IMLE = "--preset toy"
-LAB2PIX = "--preset toy --size 64 64 --width 8 --vgg-width 8 --limit 200 --epochs 8"
+LAB2PIX = "--preset toy --size 64 64 --width 8 --limit 200 --epochs 8"
 TABLES = {
     "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
         "L1": ("--loss L1", .42), "GAN": ("--loss GAN", .22), "cGAN": ("--loss cGAN", .57),
@@ -62,8 +66,7 @@ TABLES = {
     "pix2pixhd-discriminators": of("pix2pixhd", SEEN, HD, {
         "one": ("--scales 1", .578), "three": ("", .639)}),
     "pix2pixhd-generators": of("pix2pixhd", SEEN, HD, {
-        "U-Net": ("--generator unet", .391), "CRN": ("--generator crn", .399),
-        "G1": ("", .639)}),
+        "U-Net": ("--rival unet", .391), "CRN": ("--rival crn", .399), "G1": ("", .639)}),
     "pix2pixhd-boundary": of("pix2pixhd", SEEN, HD, {     # of cars, preferred, %
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
     "imle-1": of("crn_imle", ("variance", "colours", "times"), IMLE, {
@@ -85,6 +88,54 @@ LESS = {"colours"}                              # 0 is right; below it is by cha
 ONE = {"sharp", "variance", "times"}            # 1 is right
 
 
+class Rival(nn.Module):
+    """A generator of another script in the place of G1, with what pix2pixhd.py asks of one."""
+    level = 0                                   # one network: there is nothing to enhance
+
+    def __init__(self, net: nn.Module, multiple: int):
+        super().__init__()
+        self.net, self.multiple = net, multiple
+        self.net.apply(pix2pixhd.initialise)
+
+    def use(self, level: int, alone: bool = False) -> None:
+        """The only stage that there is."""
+
+    def forward(self, s: torch.Tensor) -> torch.Tensor:
+        return self.net(s)
+
+
+def rival(kind: str, c: int, cfg: pix2pixhd.Config) -> Rival:
+    """pix2pix's U-Net, without its dropout, since this paper has no noise; or the cascaded
+    refinement network, which ends in tanh here. Both are as deep as the size allows."""
+    fits = [k for k in range(1, 9) if not (cfg.size[0] % 2 ** k or cfg.size[1] % 2 ** k)]
+    if kind == "unet":                          # down to 2 rows or more
+        levels = max(k for k in fits if min(cfg.size) >= 2 ** (k + 1))
+        net = pix2pix.Generator(c, 3, cfg.width, levels)
+        for block in net.decoder:
+            block.dropout = False
+        return Rival(net, net.multiple)
+    modules = max(k for k in fits if min(cfg.size) >= 2 ** (k + 2)) + 1       # from 4 rows on
+    net = crn_imle.Generator(c, width=16 * cfg.width, modules=modules)
+    return Rival(nn.Sequential(net, nn.Flatten(1, 2), nn.Tanh()), net.multiple)
+
+
+@contextlib.contextmanager
+def rival_in_place(command: str):
+    """pix2pixhd.py with the generator that a command names by --rival; without, its own."""
+    own, named = pix2pixhd.networks, re.search(r"--rival (\w+)", command)
+
+    def networks(cfg):
+        others = own(cfg)[1:]
+        return rival(named[1], pix2pixhd.channels(cfg) + cfg.features, cfg), *others
+
+    if named:
+        pix2pixhd.networks = networks
+    try:
+        yield
+    finally:
+        pix2pixhd.networks = own
+
+
 def halved(flags: str) -> str:
     """With half the epochs (IMLE's table has its lengths in its rows)."""
     return re.sub(r"(?<=--epochs )\d+", lambda epochs: str(int(epochs[0]) // 2), flags)
@@ -100,7 +151,9 @@ def commands(name: str, seeds: int, half: bool = False) -> dict[tuple[str, int],
 
 def finish(script: str, command: str, out: Path, gpu: int) -> None:
     """The run of a command, trained to its end; a finished one is left as it is."""
-    words = ["--resume"] if (out / "checkpoint.pt").exists() else command.split()
+    words = re.sub(r"--rival \w+", "", command).split()
+    if (out / "checkpoint.pt").exists():
+        words = ["--resume"]
     try:
         importlib.import_module(script).main([*words, "--out", str(out), "--gpu", str(gpu)])
     except common.UserError as error:
@@ -112,7 +165,9 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
     """The measures of a command's run, kept beside it; trained if they are not there."""
     out = Path(options.out, f"{table.script}-{zlib.crc32(command.encode()):08x}")
     kept = out / "table.json"
-    if not kept.exists():
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with rival_in_place(command):
         finish(table.script, command, out, options.gpu)
         if set(table.measures) <= set(benchmark.COLUMNS):
             (rows,) = benchmark.judged([str(out)], options, law=False).values()

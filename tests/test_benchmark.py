@@ -89,7 +89,7 @@ def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", words.split())
     tables.main()
     said = capsys.readouterr().out
-    assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 8         # two rows, two seeds, twice
+    assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 8       # two rows, two seeds, twice
     assert len(re.findall(r"L1\+cGAN over L1: IoU (?:holds|falls|within)", said)) == 2
     assert len(re.findall(r"L1\+cGAN over cGAN: class IOU (?:holds|falls|within)", said)) == 1
     assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2

@@ -8,16 +8,20 @@ means of regions, by numpy.
 import itertools
 import math
 import zlib
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import shell
+from conftest import SCRIPTS, shell
 
 import common
-from common import (
-    CLASS_ID, STREET_GRAIN, STREETS, Street, Style, modes, paint, street, street_scene)
+from common import CLASS_ID, STREET_GRAIN, STREETS, Style, modes, paint, street, street_scene
+
+sys.path.insert(0, str(SCRIPTS / "notebooks"))
+import helpers  # noqa: E402
+from helpers import Street  # noqa: E402
 
 SIDE = 64
 THINGS = {CLASS_ID[name] for name in ("person", "car", "truck")}
@@ -276,7 +280,7 @@ def oracle(oracles):
 def test_the_true_sampler_is_precise_and_reaches_the_ideal_recall(oracles):
     for index, oracle in enumerate(oracles[:3]):
         got = oracle.measure(oracle.read(oracle.sample(100, index)))
-        assert set(got) == set(common.MEASURES)
+        assert set(got) == set(helpers.MEASURES)
         assert got["joint precision"] > .99 and got["class validity"] > .99
         assert got["T-agreement"] > .95 and got["T-majority"] > .99
         assert got["recall"] == pytest.approx(got["ideal recall"], abs=.06)
@@ -315,13 +319,13 @@ def test_a_constant_generator_and_a_mixed_image_are_found_out(oracle):
 
 def test_an_edited_street_has_no_oracle(oracle):
     pair = {"name": "street_0000003", "label": torch.from_numpy(oracle.layout.label)[None].clone()}
-    assert torch.equal(common.street_of(pair).p, oracle.p)
+    assert torch.equal(helpers.street_of(pair).p, oracle.p)
     pair["label"][0, :5] = CLASS_ID["wall"]
-    assert common.street_of(pair) is None
+    assert helpers.street_of(pair) is None
 
 
 def test_switches_and_agreement():
     path = torch.tensor([[1, 2], [1, 2], [1, 3], [0, 3], [0, 3]])
-    assert common.switches(path) == 2
-    assert common.agreement([["day", "night"], ["day", "day"], ["dusk", "night"]]) \
+    assert helpers.switches(path) == 2
+    assert helpers.agreement([["day", "night"], ["day", "day"], ["dusk", "night"]]) \
         == pytest.approx(2 / 6)

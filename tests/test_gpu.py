@@ -5,7 +5,11 @@ two devices, as CUDA does, and what only a GPU gets (channels-last, pinned memor
 CUDA's own kernels do, bf16, speed and memory are not seen.
 """
 
-import common
+from functools import partial
+
+import crn_imle
+import lab2pix
+import pix2pixhd
 import pytest
 import torch
 from conftest import NAMES, SCORER, TINY, label_map, works
@@ -15,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 MIXED = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor}      # also on a real GPU
-pytestmark = pytest.mark.usefixtures("draw_each_street_once", "no_plots")
+pytestmark = pytest.mark.usefixtures("draw_each_street_once", "no_plots", "small_scorer")
 
 
 class OnGpu(torch.Tensor):
@@ -107,13 +111,13 @@ def test_this_gpu_computes_learns_and_refuses_strangers(gpu):
         net(torch.zeros(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("groups, shape", [
-    (1, (3, 6, 5, 8)), (1, (1, 4, 1, 1)), (1, (1, 1, 5, 8)), (1, (2, 1, 5, 8)), (2, (1, 6, 5, 8)),
-    (6, (1, 6, 5, 8)), (6, (2, 6, 5, 8)), (4, (2, 4, 1, 1))])
-def test_norms_have_other_kernels_on_a_gpu_and_the_same_results(groups, shape, affine, gpu):
+@pytest.mark.parametrize("make, shape", [
+    (partial(crn_imle.LayerNorm, 1), (3, 6, 5, 8)), (partial(crn_imle.LayerNorm, 1), (1, 4, 1, 1)),
+    (partial(crn_imle.LayerNorm, 1), (1, 1, 5, 8)), (pix2pixhd.InstanceNorm, (1, 6, 5, 8)),
+    (pix2pixhd.InstanceNorm, (2, 6, 5, 8)), (lab2pix.InstanceNorm, (1, 6, 5, 8))])
+def test_norms_have_other_kernels_on_a_gpu_and_the_same_results(make, shape, gpu):
     """Value and gradients of a norm that computes by another formula there."""
-    norm = common.GroupNorm(groups, shape[1], affine=affine)
+    norm = make(shape[1])
     x, g = 3 * torch.randn(shape) + 1, torch.randn(shape)
     for p in norm.parameters():
         torch.nn.init.normal_(p)
@@ -136,9 +140,9 @@ EVERY_MODE = {
         sample --input a.png --output b.png
         trace
         evaluate {SCORER}""",
-    "pix2pixhd": f"""{TINY["pix2pixhd"]} --generator crn --steps 1 --loss GAN+FM+VGG
-        {TINY["pix2pixhd"]} --size 128 256 --features 3 --enhancers 1 --epochs 1 --fine-epochs 2
-        --resume --fine-epochs 3
+    "pix2pixhd": f"""{TINY["pix2pixhd"]} --steps 1 --loss GAN+FM+VGG
+        {TINY["pix2pixhd"]} --size 128 256 --enhancers 1 --epochs 1 --enhancer-epochs 1 1
+        --resume --enhancer-epochs 1 2
         sample --samples 2 --vary car
         encode
         edit --style 10001=0 --set 9000=vegetation --remove 10002 --paste 10000@2,40 --undo
