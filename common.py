@@ -948,8 +948,11 @@ class Dataset(torch.utils.data.Dataset):
         return len(self.files)
 
     def fingerprint(self) -> list[int]:
-        """How many examples, and a checksum of their names: has the data set changed?"""
-        return [len(self), zlib.crc32("\n".join(self.names).encode("utf-8", "surrogateescape"))]
+        """How many examples, and a checksum of names and files' sizes: has the data set changed?"""
+        sizes = [str(path.stat().st_size) for files in self.files if self.data
+                 for path in files.values()]
+        text = "\n".join([*self.names, *sizes]).encode("utf-8", "surrogateescape")
+        return [len(self), zlib.crc32(text)]
 
     def require(self, role: str | None, cure: str = "") -> "Dataset":
         """Itself, where it has files of this kind ("image" may be B, and both halves of a pair)."""
@@ -1164,6 +1167,7 @@ class Loader:
                  device: torch.device, seed: int = 0, epochs: int = 1, steps: int = 0,
                  per_epoch: int = 0):
         self.examples, self.device, self.seed = examples, device, seed
+        self.fingerprint = examples.fingerprint()
         self.rank, self.world = rank_and_world()
         if device.type == "cpu":
             choose_threads()
@@ -1227,14 +1231,14 @@ class Loader:
 
     def state_dict(self) -> dict:
         return {"step": self.step, "epoch": self.epoch, "seen": self.seen,
-                "threads": torch.get_num_threads(), "examples": self.examples.fingerprint()}
+                "threads": torch.get_num_threads(), "examples": self.fingerprint}
 
     def load_state_dict(self, stored: dict) -> None:
         self.step, self.epoch, self.seen = stored["step"], stored["epoch"], stored["seen"]
         self.counted = self.step
         if "OMP_NUM_THREADS" not in os.environ:  # with other threads, sums round differently
             torch.set_num_threads(max(1, min(stored["threads"], os.cpu_count())))
-        if stored["examples"] != self.examples.fingerprint():
+        if stored["examples"] != self.fingerprint:
             notice("the data set is not the one that this run began with: what follows differs "
                    "from what an uninterrupted run would have given")
 

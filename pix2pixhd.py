@@ -1413,8 +1413,8 @@ def load(state: State, stored: dict, path: str | Path, everything: bool = False)
             else:                               # a tensor, a number, or None
                 setattr(state, name, stored[name])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path}: its {name} is of another version or size than this run's "
-                            f"({' '.join(str(error).split()):.160})")
+            raise UserError(f"{path}: its {name} has another size, other classes, or is of another "
+                            f"version ({' '.join(str(error).split()):.160})")
 
 
 def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:

@@ -904,7 +904,7 @@ def test_the_loader_keeps_its_processes_and_goes_on_from_its_place(noisy):
 
 def test_what_goes_wrong_in_a_data_process_is_one_line(tmp_path):
     class Killed(torch.utils.data.Dataset):
-        data, __len__ = "", lambda self: 8
+        data, __len__, fingerprint = "", lambda self: 8, lambda self: [8, 0]
         __getitem__ = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)
 
     lay_out(tmp_path, "CamVid", range(2))
