@@ -1823,7 +1823,7 @@ class Run:
     """A run's folder while it trains: checkpoint, log, pictures; and how it is stopped.
 
     Whatever ends a run, its checkpoint is whole, and --resume repeats exactly what came after it.
-    Ctrl-C, SIGTERM and SIGHUP end the step and save first; a second one ends at once.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the step and save first; a second one ends at once.
     """
 
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
@@ -1856,8 +1856,9 @@ class Run:
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
         if threading.current_thread() is threading.main_thread():         # others get no signals
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                if signal.getsignal(number) != signal.SIG_IGN:            # as nohup sets it
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # the last: SLURM's
+                number = getattr(signal, name, None)                      # not all on Windows
+                if number and signal.getsignal(number) != signal.SIG_IGN:     # as nohup sets it
                     self.before[number] = signal.signal(number, self.stop)
         return self
 

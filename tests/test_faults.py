@@ -526,7 +526,7 @@ def goes_on(row: str, whole, run: str = "r") -> None:
     assert_same_state(run, whole(row), log=False)
 
 
-SIGNALS = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+SIGNALS = [n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 
 
 @pytest.mark.parametrize("row, number", [
