@@ -922,11 +922,6 @@ class Dataset(torch.utils.data.Dataset):
         self.understood["colours"] = list(map(list, colours.items()))
 
     @property
-    def grey_image(self) -> bool:
-        """Are the photos to be made grey? Then outputs should be, too."""
-        return self.understood.get("image", {}).get("grey", False)
-
-    @property
     def reads(self) -> set[Path]:
         """Folders of data, also of those that were trained on, and files that are read alone."""
         alone = [] if self.data else [path for files in self.files if isinstance(files, dict)
@@ -938,8 +933,7 @@ class Dataset(torch.utils.data.Dataset):
         scored = self.table.scored or range(len(self.table.names))
         if self.pixels_of and not self.pixels_of.keys() & set(scored):
             raise UserError(f"--data {self.data}: no class that is scored occurs in its "
-                            f"{self.split} split; ids were read as those of --classes "
-                            f"{self.classes}")
+                            f"{self.split} split, read as --classes {self.classes}")
         return self
 
     # What it gives.
@@ -1264,6 +1258,13 @@ def notice_scale(items: Dataset, trained: dict, size: tuple[int, int]) -> None:
         notice("the input is {} x {}; training saw files of {} x {} at {} x {}, so things look "
                "{:.2g} times as large here; --size {} {} makes them alike".format(
                    h, w, *trained.get("file_size", size), *size, scale, *near))
+
+
+def as_trained(images: Tensor, understood: dict) -> Tensor:
+    """Outputs (B, C, H, W); grey if training's photos were grey: then only that can be right."""
+    if understood.get("image", {}).get("grey"):
+        return images.mean(1, keepdim=True).expand_as(images)
+    return images
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -914,9 +914,7 @@ def render(state: State, pairs: Iterable[dict], noises: Iterable, cfg: Config) -
     """The images (n, 3, H, W) of layouts, each with its noise; on the CPU, in [-1, 1]."""
     images = torch.cat([translate(state.generator, pair["input"], noise).cpu()
                         for pair, noise in zip(pairs, noises)])
-    if cfg.understood.get("image", {}).get("grey"):              # only grey can be right
-        images = images.mean(1, keepdim=True).expand_as(images)
-    return images
+    return common.as_trained(images, cfg.understood)
 
 
 def draw(state: State, pair: dict, cfg: Config, seeds: Sequence[int]) -> Tensor:

@@ -1583,7 +1583,7 @@ def output_of(generator: nn.Module, pair: dict, cfg: Config, k: int = 0) -> Tens
     """X_3 (1, 3, H, W) of a pair with its k-th z; grey, where the photos of training were grey."""
     m = pair["input"]
     x = translate(generator, draw(cfg, pair["name"], k, m.device), m)
-    return x.mean(1, True).expand_as(x) if cfg.understood.get("image", {}).get("grey") else x
+    return common.as_trained(x, cfg.understood)
 
 
 def picture_of(pair: dict, cfg: Config) -> Tensor:

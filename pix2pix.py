@@ -602,8 +602,8 @@ def to_rgb(value: Tensor, pair: dict, cfg: Config) -> Tensor:
     """An input or output of G as a picture (B, 3, H, W) in [-1, 1]."""
     if cfg.task == "colorization" and value.shape[1] == 2:
         return lab_to_rgb(torch.cat([50 * (pair["input"] + 1), 110 * value], 1))
-    if cfg.understood.get("image", {}).get("grey") and value is not pair["input"]:
-        value = value.mean(1, keepdim=True)     # of grey photos only grey can be right
+    if value is not pair["input"]:
+        value = common.as_trained(value, cfg.understood)
     return value.expand(-1, 3, -1, -1) if value.shape[1] == 1 else value
 
 

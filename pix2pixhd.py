@@ -967,10 +967,8 @@ def generate(state: State, s: Tensor, z: Tensor, cfg: Config) -> Tensor:
     """
     G, (h, w) = state.generator, s.shape[-2:]
     padded = common.mirror_pad(torch.cat([s, z], 1), G.multiple, 2 * G.multiple)
-    x_hat = torch.cat([G(one[None]) for one in padded])[..., :h, :w]
-    if cfg.understood.get("image", {}).get("grey"):         # of grey photos only grey can be right
-        x_hat = x_hat.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return x_hat
+    return common.as_trained(torch.cat([G(one[None]) for one in padded])[..., :h, :w],
+                             cfg.understood)
 
 
 @torch.no_grad()

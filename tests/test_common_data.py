@@ -656,12 +656,13 @@ def test_grey_photos_are_repeated_and_a_set_of_them_is_grey(tmp_path):
         save(tmp_path / "train_A" / f"{k}.png", photo(k))
         save(tmp_path / "train_B" / f"{k}.png", ramp if k % 2 else ramp[..., None].repeat(3, 2))
     there, back = (Dataset(str(tmp_path), direction=way) for way in ("AtoB", "BtoA"))
-    assert there.grey_image and not back.grey_image and back.understood["input"]["grey"]
+    assert there.understood["image"]["grey"] and not back.understood["image"]["grey"]
+    assert back.understood["input"]["grey"]
     assert all(np.array_equal(channel, ramp) for channel in there.read(1)["image"])
     known = Dataset(files=[{"A": tmp_path / "train_A" / "3.png"}], understood=back.understood)
     assert len(known.read(0)["input"].unique(dim=0)) == 1          # colour, where grey was learned
     save(tmp_path / "train_B" / "2.png", photo(1))
-    assert not Dataset(str(tmp_path)).grey_image
+    assert not Dataset(str(tmp_path)).understood["image"]["grey"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])

@@ -309,18 +309,25 @@ cure("instances for --input", nothing, f"sample {RUN} --input data/test_label --
 
 # ------------------------------------------------------------------ The user, and what is looked at
 
+def runs_in(root: Path, steps: int):
+    """row -> its run of so many steps on the data set root / "data", made when first asked for."""
+    @functools.cache
+    def run(row: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            works(row, f"{TINY[row]} --data data --steps {steps} --out {row}")
+        return root / row
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
     """A sound dataset, and a run of two steps by a script, copied to the working folder."""
     root = tmp_path_factory.mktemp("templates")
     sound(root / "data")
 
-    @functools.cache
-    def trained(name: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(root)
-            works(name, f"{TINY[name]} --data data --steps 2 --out {name}")
-        return root / name
+    trained = runs_in(root, 2)
 
     def copy(name: str, run: bool = True) -> None:
         shutil.copytree(root / "data", "data")
@@ -471,15 +478,7 @@ def whole(tmp_path_factory, templates):
     """row -> a run of six steps on the data set `data`, never interrupted."""
     root = tmp_path_factory.mktemp("whole")
     sound(root / "data")
-
-    @functools.cache
-    def run(row: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(root)
-            works(row, f"{TINY[row]} --data data --steps 6 --out {row}")
-        return root / row
-
-    return run
+    return runs_in(root, 6)
 
 
 def in_step(script, when: int, act) -> None:
