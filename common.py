@@ -2186,6 +2186,7 @@ def street(seed: int, index: int, size: tuple[int, int]) -> dict:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # RGB, on [0, 1]
 BLOCKS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}              # convolutions before each pooling
+VGG_SMALL = Path(__file__).with_name("notebooks") / "weights" / "vgg_small.pt"   # tests/distill.py
 
 
 def vgg_trunk(depth: int, width: int = 64, last: str = "pool5", average_pool: bool = False):
@@ -2210,13 +2211,15 @@ def vgg_layer(layer: nn.Module, x: Tensor) -> Tensor:
 def read_vgg(depth: int, weights: str) -> tuple[int, list[Tensor]]:
     """A VGG's depth, and the weights and biases of its convolutions; of "random" there are none.
 
-    "imagenet" is torchvision's download. A file is a state dict of torchvision's VGG-16 or VGG-19,
-    which both have all the layers that the papers name, or of an FCN8s as kept by fcn_scorer, whose
-    trained trunk can stand in where ImageNet's weights are not to be had.
+    "imagenet" is torchvision's download. "small" is VGG_SMALL, a VGG-16 of a quarter of the width.
+    A file is a state dict of torchvision's VGG-16 or VGG-19, which both have all the layers that
+    the papers name, or of an FCN8s as kept by fcn_scorer, whose trained trunk can stand in where
+    ImageNet's weights are not to be had.
     """
     if weights == "random":
         return depth, []
-    cure = "use --vgg FILE (torchvision's VGG-16 or VGG-19, or a trained FCN-8s) or --vgg random"
+    cure = ("use --vgg small, --vgg random, or --vgg FILE (torchvision's VGG-16 or VGG-19, or a "
+            "trained FCN-8s)")
     if weights == "imagenet":
         source = getattr(torchvision.models, f"VGG{depth}_Weights").IMAGENET1K_V1
         try:
@@ -2224,7 +2227,7 @@ def read_vgg(depth: int, weights: str) -> tuple[int, list[Tensor]]:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"--vgg imagenet: {source.url} cannot be had ({error}); {cure}")
     else:
-        stored = load_file(Path(weights), cure)
+        stored = load_file(VGG_SMALL if weights == "small" else Path(weights), cure)
     stored = stored.get("scorer", stored)       # what fcn_scorer keeps
     values = [v for k, v in stored.items() if str(k).startswith(("features.", "trunk."))]
     found = [d for d, n in BLOCKS.items() if len(values) == 2 * sum(n)]
@@ -2374,18 +2377,17 @@ def fcn_scorer(train: Dataset, folder: Path, device: torch.device, weights: str 
     was trained on Cityscapes. Scores by another compare with each other and with its row for the
     real test photos, not with the paper's numbers.
 
-    width: 0 is VGG-16's 64, or 16 where the weights begin at random.
+    width: 0 is that of the weights, 64 for ImageNet's; 16 where they begin at random.
     steps: batches that it trains on; 0 is 2000, or 1000 with a width of 16.
-    lr: a constant learning rate; 0 means 1e-4, and where the weights begin at random 1e-3, towards
-    which it rises at first, and from which it falls in the second half: the toy presets' scorer
-    then labels 92 % of the pixels of held-out streets right, with 1e-4 88 %.
+    lr: a constant learning rate; 0 means 1e-4, and with a width of 16 1e-3, towards which it rises
+    at first, and from which it falls in the second half.
 
     The file's name tells what it was made from: the data set and its number of photos, and these.
     """
-    width = width or (16 if weights == "random" else 64)
+    width = width or {"imagenet": 64, "random": 16}.get(weights) or len(read_vgg(16, weights)[1][0])
     steps = steps or (1000 if width == 16 else 2000)
     rate = lambda done: lr or 1e-4
-    if not lr and weights == "random":
+    if not lr and width == 16:
         rate = lambda done: 1e-3 * min(1, 10 * done + 0.01, 2 - 2 * done)
     name = Path(train.data).resolve().name if train.data else "streets"
     cache = folder / (f"fcn8s-{name}-{train.fingerprint()[1]:08x}-{train.classes}-{train.size[0]}x"

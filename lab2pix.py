@@ -253,7 +253,7 @@ class Config:
     # Two VGGs give features, and nobody trains them: VGG-16 inside D and in Eq. (18), VGG-19 in Eq.
     # (28). "random" weights show the method, not its quality. At test time batch norm uses averages
     # of training, or the image's own statistics (test_time).
-    vgg: str = setting("imagenet", "VGG-16 and -19: imagenet, random, or a file", free="test")
+    vgg: str = setting("imagenet", "VGG-16, -19: imagenet, small, random, a file", free="test")
     test_norm: str = setting("running", "of batch norm at test", ("running", "image"), free="test")
     # The machine. None of these changes what is computed, but for the last bits.
     gpu: int | None = setting(None, "number; -1: the CPU; none: the first", Within(-1), free="call")
@@ -335,11 +335,11 @@ PRESETS = {
     # see brightness and colour (`unit`); the mask and the sharpness loss are as gentle as V1's;
     # batches of two give averages that are too rough for testing.
     "toy": dict(size=(64, 128), limit=200, width=8, ups=4, first="label", d_norm="spectral",
-                gain=1.0, T=2.0, ramp=True, test_norm="image", vgg="random", lr=5e-4, batch_size=2,
+                gain=1.0, T=2.0, ramp=True, test_norm="image", vgg="small", lr=5e-4, batch_size=2,
                 epochs=4),
     # With so few steps V1 needs more help: also the hinge loss, a smaller lambda_4, and `short`.
     "toy-V1": dict(version="V1", size=(64, 128), limit=200, width=8, ups=5, gain=1.0, short=True,
-                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="random",
+                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small",
                    batch_size=2, epochs=12),
 }
 # Ours, too: the same for half an hour, and for three quarters.
@@ -1248,8 +1248,9 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators | None, Segmenters 
 
 
 def vgg_width(cfg: Config) -> int:
-    """64 is VGG's; a random one is as thin as the networks that it judges."""
-    return cfg.width if cfg.vgg == "random" else 64
+    """64 is ImageNet's; a random one is as thin as the networks that it judges."""
+    return {"random": cfg.width, "imagenet": 64}.get(cfg.vgg) or len(
+        common.read_vgg(16, cfg.vgg)[1][0])
 
 
 def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.device) -> nn.Module:

@@ -142,7 +142,7 @@ class Config:
     init: tuple[str, ...] = setting((), "begin with these weights: ours, or the authors'",
                                     modes=TRAIN, free="call")
     # Evaluation. The scorer is the network that labels generated photos, Sec. 4.1.
-    vgg: str = setting("imagenet", "start of the scorer: imagenet, random or a file", free="test")
+    vgg: str = setting("imagenet", "scorer's start: imagenet, small, random, a file", free="test")
     # The machine
     gpu: int | None = setting(None, "number; -1: the CPU; none: the first", Within(-1), free="call")
     workers: int | None = setting(None, "data processes; none: 4 with a GPU", COUNT, free="resume")
@@ -192,7 +192,7 @@ PRESETS = {
     # pixels of 128, as the paper's 70 of 256. Lambda is smaller: in our trials, which changed more
     # than this, 100 left the outputs blurred for longer.
     "toy": dict(size=(128, 128), width=16, levels=5, patch=34, lambda_l1=20.0, epochs=8, lr=2e-3,
-                decay=True, generator="unet-smooth", vgg="random"),
+                decay=True, generator="unet-smooth", vgg="small"),
 }
 # Ours, too: the same for half an hour.
 PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50)

@@ -175,7 +175,7 @@ class Config:
         "GAN+FM+VGG", "GAN+FM", "GAN", "logGAN+FM+VGG", "logGAN+FM", "logGAN"))
     lambda_fm: float = setting(10.0, "lambda in Eq. (4), Sec. 4", COUNT)
     lambda_vgg: float = setting(10.0, "weight of the perceptual loss, Sec. 4", COUNT)
-    vgg: str = setting("imagenet", "VGG-19, and the scorer: imagenet, random, a file", free="test")
+    vgg: str = setting("imagenet", "VGG-19: imagenet, small, random, a file", free="test")
     released: bool = setting(False, "the middle column of the table above, where it says so")
     # Training. The numbers of epochs are those of the stages in the table above; 0 leaves one out:
     # with --epochs 0, enhancers begin around the G1 of --init. An enhancer is trained first with
