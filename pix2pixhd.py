@@ -241,12 +241,11 @@ PRESETS = {
     "edges2photo": dict(boundary=False, size=(1024, 1024)),                       # Fig. 2
     "helen": dict(size=(1024, 1024), features=3, pool="label", boundary=False),   # Fig. 11
     # Ours, for the streets on a laptop's CPU. The networks are narrow, which allows Adam a larger
-    # rate. A random VGG keeps small objects in shape. --smooth removes the dots of the transposed
-    # convolutions, which training removes only in far more steps. There is little time for full
-    # size: no stage trains the enhancer alone, and half of lambda_fm gave sharper pictures.
+    # rate. --smooth removes the dots of the transposed convolutions, which training removes only in
+    # far more steps. There is little time for full size: no stage trains the enhancer alone, and
+    # half of lambda_fm gave sharper pictures.
     "toy": dict(size=(96, 192), limit=400, width=32, layers=(2, 3, 2), smooth=True, d_width=16,
-                features=3, vgg="random", lambda_fm=5.0, lambda_vgg=30.0, lr=6e-4, epochs=2,
-                enhancer_epochs=(0, 4)),
+                features=3, vgg="small", lambda_fm=5.0, lr=6e-4, epochs=2, enhancer_epochs=(0, 4)),
 }
 # Ours, too: the same for an hour, larger, and with the paper's lambda_fm.
 PRESETS["streets"] = PRESETS["toy"] | dict(size=(128, 256), limit=800, lambda_fm=10.0, epochs=3,
