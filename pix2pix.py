@@ -189,10 +189,9 @@ PRESETS = {
     # Ours, for the streets on a laptop's CPU. Adam moves each weight by about lr, however few there
     # are: a net of a quarter of the width needs a larger one to change its output as fast. The
     # decay then calms it within the few epochs that there are. D sees a quarter of the side, 34
-    # pixels of 128, as the paper's 70 of 256. Lambda is smaller: in our trials, which changed more
-    # than this, 100 left the outputs blurred for longer.
-    "toy": dict(size=(128, 128), width=16, levels=5, patch=34, lambda_l1=20.0, epochs=8, lr=2e-3,
-                decay=True, generator="unet-smooth", vgg="small"),
+    # pixels of 128, as the paper's 70 of 256.
+    "toy": dict(size=(128, 128), width=16, levels=5, patch=34, epochs=20, lr=1e-3, decay=True,
+                generator="unet-smooth", vgg="small"),
 }
 # Ours, too: the same for half an hour.
 PRESETS["streets"] = PRESETS["toy"] | dict(epochs=50)
