@@ -42,11 +42,12 @@ def of(script: str, measures: tuple, flags: str, rows: dict, lower: bool = False
 
 
 SEEN = ("IoU", "sharp", "colours")
-PIX2PIX = "--preset toy --size 64 64 --patch 16 --lambda-l1 100 --generator unet --epochs 12"
+PIX2PIX = ("--preset toy --size 64 64 --patch 16 --generator unet --epochs 12 --lr 2e-3 "
+           "--vgg random")
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --layers 1 2 2 "
-      "--d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --lambda-vgg 10 --epochs 6 --no-smooth")
-IMLE = "--preset toy"
-LAB2PIX = "--preset toy --size 64 64 --width 8 --limit 200 --epochs 8"
+      "--d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --epochs 6 --no-smooth --vgg random")
+IMLE = "--preset toy --layers conv3_2 conv4_2 conv5_2 --pixel-weight 2 --vgg random"
+LAB2PIX = "--preset toy --size 64 64 --width 8 --limit 200 --epochs 8 --vgg random"
 TABLES = {
     "pix2pix-1": of("pix2pix", SEEN, PIX2PIX, {
         "L1": ("--loss L1", .42), "GAN": ("--loss GAN", .22), "cGAN": ("--loss cGAN", .57),
