@@ -178,8 +178,7 @@ PRESETS = {
     "facades": dict(direction="BtoA", epochs=200, batch_size=1),                    # 400
     "map2aerial": dict(task="pairs", direction="BtoA", epochs=200, batch_size=1),   # 1096
     "aerial2map": dict(task="pairs", epochs=200, batch_size=1),                     # 1096
-    "colorization": dict(task="colorization", epochs=6, batch_size=4,               # 1.2 million
-                         augment="mirror"),
+    "colorization": dict(task="colorization", epochs=6, batch_size=4, augment="mirror"),  # 1.2 M
     "edges2shoes": dict(task="pairs", epochs=15, batch_size=4),                     # 50 000
     "edges2handbags": dict(task="pairs", epochs=15, batch_size=4),                  # 137 000
     "day2night": dict(task="pairs", direction="BtoA", epochs=17, batch_size=4),     # 17 823
@@ -205,15 +204,10 @@ def configure(preset: str, given: dict) -> Config:
 
 def fit_levels(cfg: Config) -> Config:
     """The number of halvings that the training size allows, at most the paper's 8."""
-    h, w = cfg.size
-    deepest = max(k for k in range(9) if h % 2 ** k == 0 and w % 2 ** k == 0)
-    unit, halvings = 2 ** max(cfg.levels, 4), PATCHES[cfg.patch]
-    check_sides("--size", cfg.size, unit, 32, f"G halves each side {cfg.levels or '4 to 8'} times")
-    least = 3 * 2 ** halvings                    # D's last two convolutions need 3 x 3 units
-    if cfg.loss != "L1" and halvings and min(h, w) < least:
-        side = -(-least // unit) * unit
-        raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times, for which "
-                        f"--size {h} {w} is too small; --size {side} {side} would do")
+    deepest = max(k for k in range(9) if all(side % 2 ** k == 0 for side in cfg.size))
+    halvings = 0 if cfg.loss == "L1" else PATCHES[cfg.patch]    # D ends in maps of 3 x 3 or more
+    check_sides("--size", cfg.size, 2 ** max(cfg.levels, 4), max(32, 3 * 2 ** halvings),
+                f"G halves each side {cfg.levels or '4 to 8'} times, D {halvings} times")
     return replace(cfg, levels=cfg.levels or deepest)
 
 
@@ -452,10 +446,8 @@ def networks(cfg: Config) -> tuple[Generator, PatchDiscriminator | None]:
         c_x, c_y, cfg.width, cfg.levels or fit_levels(cfg).levels,
         skips=cfg.generator != "encoder-decoder", bottleneck_norm=cfg.bottleneck_norm,
         first_dropout=2 if cfg.released else 1, smooth=cfg.generator == "unet-smooth")
-    if cfg.loss == "L1":
-        return generator, None
-    conditional = cfg.loss in ("cGAN", "L1+cGAN")
-    return generator, PatchDiscriminator(c_x, c_y, cfg.width, cfg.patch, conditional)
+    return generator, None if cfg.loss == "L1" else PatchDiscriminator(
+        c_x, c_y, cfg.width, cfg.patch, conditional="cGAN" in cfg.loss)
 
 
 def adam(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -471,13 +463,8 @@ def build(cfg: Config, device: torch.device) -> State:
     All processes of a run on several GPUs start from the same weights, since the seed is the same.
     """
     torch.manual_seed(cfg.seed)
-    generator, discriminator = networks(cfg)
-    generator, opt_d = prepare(generator, cfg, device), None
-    opt_g = adam(generator, cfg)
-    if discriminator is not None:
-        discriminator = prepare(discriminator, cfg, device)
-        opt_d = adam(discriminator, cfg)
-    state = State(generator, discriminator, opt_g, opt_d)
+    G, D = (None if net is None else prepare(net, cfg, device) for net in networks(cfg))
+    state = State(G, D, adam(G, cfg), None if D is None else adam(D, cfg))
     if cfg.init:
         load(state, read_weights(*cfg.init), " ".join(cfg.init))
     return state
@@ -516,26 +503,20 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     # D: the max in Eq. (4). Real and fake pass separately: BatchNorm must never mix them.
     if D is not None:
         real, fake = discriminator_loss(D(x, y), D(x, y_hat.detach()))   # detach: must not reach G
-        state.opt_d.zero_grad(set_to_none=True)
+        state.opt_d.zero_grad()
         (real + fake).backward()
         state.opt_d.step()
-        losses |= {"d_real": real.detach(), "d_fake": fake.detach()}
+        losses = {"d_real": real, "d_fake": fake, "g_gan": generator_loss(D(x, y_hat))}
 
     # G: the min in Eq. (4), against the D just updated; gradients pass through D, not into it.
-    objective = 0.0
-    if D is not None:
-        D.requires_grad_(False)
-        loss_gan = generator_loss(D(x, y_hat))
-        objective, losses["g_gan"] = loss_gan, loss_gan.detach()
-    loss_l1 = l1_loss(y_hat, y)                 # without lambda; logged even where not trained on
-    if cfg.loss in ("L1", "L1+GAN", "L1+cGAN"):
-        objective = objective + cfg.lambda_l1 * loss_l1
-    state.opt_g.zero_grad(set_to_none=True)
-    objective.backward()
+    losses["g_l1"] = l1_loss(y_hat, y)          # without lambda; logged even where not trained on
+    objective = losses.get("g_gan", 0.0)
+    if "L1" in cfg.loss:
+        objective = objective + cfg.lambda_l1 * losses["g_l1"]
+    state.opt_g.zero_grad()
+    objective.backward(inputs=list(G.parameters()))
     state.opt_g.step()
-    if D is not None:
-        D.requires_grad_(True)
-    return losses | {"g_l1": loss_l1.detach()}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def learning_rate(cfg: Config, epoch: int) -> float:
@@ -559,9 +540,8 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
                            cfg.steps)
     with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:
-            for optimiser in (state.opt_g, state.opt_d):
-                if optimiser is not None:
-                    optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
+            for optimiser in filter(None, (state.opt_g, state.opt_d)):
+                optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
             for batch in loader:                # what is left of this epoch
                 run.done(train_step(state, make_pair(batch, cfg), cfg))
     return run.end()
@@ -653,11 +633,15 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 # ------------------------------------------------------------------------------ 6 Evaluation
 
 # The paper's numbers, all on Cityscapes: per-pixel accuracy, per-class accuracy, class IOU.
-TABLE_1 = {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
-           "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17), "ground truth": (.80, .26, .21)}
-TABLE_2 = {("encoder-decoder", "L1"): (.35, .12, .08), ("unet", "L1"): (.48, .18, .13),
-           ("encoder-decoder", "L1+cGAN"): (.29, .09, .05), ("unet", "L1+cGAN"): (.55, .20, .14)}
-TABLE_3 = {1: (.39, .15, .10), 16: (.65, .21, .17), 70: (.66, .23, .17), 286: (.42, .16, .11)}
+TABLES = {
+    "Table 1": {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
+                "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17),
+                "ground truth": (.80, .26, .21)},
+    "Table 2, batches of 10": {
+        "encoder-decoder, L1": (.35, .12, .08), "unet, L1": (.48, .18, .13),
+        "encoder-decoder, L1+cGAN": (.29, .09, .05), "unet, L1+cGAN": (.55, .20, .14)},
+    "Table 3": {"1 x 1": (.39, .15, .10), "16 x 16": (.65, .21, .17), "70 x 70": (.66, .23, .17),
+                "286 x 286": (.42, .16, .11)}}
 TABLE_6 = {"L1": (.86, .42, .35), "cGAN": (.74, .28, .22), "L1+cGAN": (.83, .36, .29)}
 FIGURE_7 = {"L1": (.81, .69, .70), "cGAN": (.87, .74, .84), "L1+cGAN": (.86, .84, .82),
             "PixelGAN": (.83, .68, .78)}        # histogram intersection with the truth: L, a, b
@@ -723,15 +707,14 @@ def evaluate(cfg: Config, state: State) -> dict:
     """
     generator, out = test_time(state, cfg), Path(cfg.out)
     test_set = dataset(cfg, "test").require("image").require(NEEDED.get(cfg.task))
-    if cfg.task == "labels2photo":
-        test_set.require_scored()
-    device = next(generator.parameters()).device
-    table, scorer = class_table(cfg.classes) if cfg.classes else None, None
+    scored, table, scorer = cfg.task in ("labels2photo", "photo2labels"), test_set.table, None
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
+        test_set.require_scored()
         photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
+        device = next(generator.parameters()).device
         scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
-    scored = table is not None and cfg.task in ("labels2photo", "photo2labels")
-    confusion, histograms, l1, tiles = {}, {}, [], []
+    histograms, confusion = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}
+    l1, tiles = [], []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair = test_pair(test_set[i], state, cfg)
         torch.manual_seed(draw_seed(cfg.seed, pair["name"]))
@@ -740,15 +723,14 @@ def evaluate(cfg: Config, state: State) -> dict:
         views = {"output": to_rgb(y_hat, pair, cfg), "truth": to_rgb(pair["image"], pair, cfg)}
         tiles.append(torch.cat([to_rgb(pair["input"], pair, cfg), *views.values()]).cpu())
         for row, view in views.items():
-            histograms[row] = histograms.get(row, 0) + colour_histograms(view).cpu()
+            histograms[row] += colour_histograms(view).cpu()
             if scored:
-                label = pair["label"] if "label" in pair else nearest_colour(pair["image"], table)
                 found = scorer(view).argmax(1) if scorer else nearest_colour(view, table)
-                counts = common.confusion_matrix(found, label, table).cpu()
-                confusion[row] = confusion.get(row, 0) + counts
+                confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
     lab = histogram_intersection(histograms["output"], histograms["truth"]).tolist()
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1), "histogram intersection": lab}
-    metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
+    if scored:
+        metrics |= {row: common.segmentation_scores(n) for row, n in confusion.items()}
     report(metrics, cfg)
     worst = sorted(range(len(l1)), key=lambda i: -l1[i])[:8]                          # Fig. 21
     save_images(torch.cat([tiles[i] for i in worst]), out / "worst.png", nrow=6)
@@ -758,30 +740,21 @@ def evaluate(cfg: Config, state: State) -> dict:
 
 
 def report(metrics: dict, cfg: Config) -> None:
-    """The metrics as text beside the paper's. Its data and scorer are others: compare orderings."""
-    def line(name: str, values, digits: int = 2) -> None:
-        if values:
-            print(f"  {name:46}" + "".join(f"{v:8.{digits}f}" for v in values))
-
-    g, d, loss = cfg.generator.removesuffix("-smooth"), f"{cfg.patch} x {cfg.patch}", cfg.loss
-    print(f"\n{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
-    print(f"\nFig. 7d, histogram intersection {'L':>23}{'a':>8}{'b':>8}")
-    line("this run", metrics["histogram intersection"], 3)
-    line("paper, Cityscapes", FIGURE_7.get("PixelGAN" if cfg.patch == 1 else loss))
-    if "output" not in metrics:                 # neither the task nor the data knows label maps
-        return
-    print(f"\nSegmentation {'per-pixel':>42}{'class':>8}{'IOU':>8}")
-    line(f"this run: {g}, {loss}, {d}", metrics["output"].values(), 3)
-    line("the truth, scored alike", metrics["truth"].values(), 3)
-    if cfg.task == "photo2labels":
-        line(f"paper, Cityscapes, Table 6, {loss}", TABLE_6.get(loss))
-        return
-    line("paper, Cityscapes, Table 1, ground truth", TABLE_1["ground truth"])
-    line(f"paper, Table 2, batch 10, {g}, {loss}", TABLE_2.get((g, loss)))
-    if g == "unet" and cfg.patch == 70:
-        line(f"paper, Cityscapes, Table 1, {loss}", TABLE_1[loss])
-    if g == "unet" and loss == "L1+cGAN":
-        line(f"paper, Cityscapes, Table 3, {d}", TABLE_3.get(cfg.patch))
+    """The metrics, and below them the paper's. Its data and scorer are others: compare orderings.
+    """
+    ours = f"this run: {cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}"
+    tables = {"histogram intersection: L, a, b": {ours: metrics["histogram intersection"]},
+              "paper, Cityscapes, Fig. 7d": FIGURE_7}
+    if "output" in metrics:                     # the task and the data know label maps
+        tables["segmentation: per-pixel accuracy, per-class accuracy, class IOU"] = {
+            ours: metrics["output"].values(), "the truth, scored alike": metrics["truth"].values()}
+        papers = {"Table 6": TABLE_6} if cfg.task == "photo2labels" else TABLES
+        tables |= {f"paper, Cityscapes, {name}": rows for name, rows in papers.items()}
+    print(f"{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
+    for title, rows in tables.items():
+        print(title)
+        for name, values in rows.items():
+            print(f"    {name:46}" + "".join(f"{v:8.3f}" for v in values))
 
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
@@ -789,12 +762,10 @@ def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(11, 3), layout="constrained")
     for c, axes in enumerate(figure.subplots(1, 3)):
         for (row, h), style in zip(histograms.items(), ("-", ":")):
-            share = h[c] / h[c].sum()
-            axes.plot(torch.arange(-109.5, 110), share.where(share > 0, torch.nan).log(), style,
-                      label=row)
-        axes.set(xlabel="Lab"[c], ylabel="log P", xlim=(0, 100) if c == 0 else (-60, 60))
+            axes.semilogy(torch.arange(-109.5, 110), h[c] / h[c].sum(), style, label=row)
+        axes.set(xlabel="Lab"[c], ylabel="P", xlim=(0, 100) if c == 0 else (-60, 60))
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
 
 
 # -------------------------------------------------------------------------------- 7 The run
@@ -1031,19 +1002,17 @@ def rename_released(stored: dict, path: Path) -> dict:
     """The authors' PyTorch files (a plain state dict of G or of D) under our names.
 
     Their U-Net is nested: level i + 1 is submodule 3 of level i (submodule 1 of the outermost), so
-    its keys carry i prefixes. Layers without parameters own an index too: hence 1, 2, 5 and 6.
+    its keys carry i prefixes. Layers without parameters own an index too: convolution and norm of
+    the encoder are 1 and 2 (0 outermost), of the decoder 5 and 6 (3 and 4 innermost, 3 outermost).
     """
     if {"model.model.0.weight", "model.model.3.weight"} <= stored.keys():
-        n = sum(k.endswith(".1.weight") for k in stored) + 1          # one down-convolution a level
-        names = {"model.model.0": "encoder.0.conv", "model.model.3": f"decoder.{n - 1}.conv"}
-        for i in range(1, n):
-            prefix, last = "model.model.1.model." + "3.model." * (i - 1), i == n - 1
-            names |= {f"{prefix}1": f"encoder.{i}.conv", f"{prefix}2": f"encoder.{i}.norm"}
-            names |= {f"{prefix}{3 if last else 5}": f"decoder.{n - 1 - i}.conv",
-                      f"{prefix}{4 if last else 6}": f"decoder.{n - 1 - i}.norm"}
-        split = {k: k.rpartition(".") for k in stored}                 # module, ".", tensor
-        return {"generator": {f"{names.get(module, module)}.{tensor}": stored[k]
-                              for k, (module, _, tensor) in split.items()}}
+        found, n = {}, max(key.count("model.") for key in stored) - 1              # n levels
+        for key, value in stored.items():
+            module, _, tensor = key.rpartition(".")
+            i, layer = module.count("model.") - 2, module[-1:]
+            part = f"encoder.{i}" if layer in "012" else f"decoder.{n - 1 - i}"
+            found[f"{part}.{'norm' if layer in '246' else 'conv'}.{tensor}"] = value
+        return {"generator": found}
     raise UserError(f"{path}: no checkpoint of pix2pix.py and no released generator; its first key "
                     f"is {next(iter(stored), 'missing')}")
 
