@@ -79,7 +79,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -179,8 +178,7 @@ PRESETS = {
     "facades": dict(direction="BtoA", epochs=200, batch_size=1),                    # 400
     "map2aerial": dict(task="pairs", direction="BtoA", epochs=200, batch_size=1),   # 1096
     "aerial2map": dict(task="pairs", epochs=200, batch_size=1),                     # 1096
-    "colorization": dict(task="colorization", epochs=6, batch_size=4,               # 1.2 million
-                         augment="mirror"),
+    "colorization": dict(task="colorization", epochs=6, batch_size=4, augment="mirror"),  # 1.2 M
     "edges2shoes": dict(task="pairs", epochs=15, batch_size=4),                     # 50 000
     "edges2handbags": dict(task="pairs", epochs=15, batch_size=4),                  # 137 000
     "day2night": dict(task="pairs", direction="BtoA", epochs=17, batch_size=4),     # 17 823
@@ -205,15 +203,10 @@ def configure(preset: str, given: dict) -> Config:
 
 def fit_levels(cfg: Config) -> Config:
     """The number of halvings that the training size allows, at most the paper's 8."""
-    h, w = cfg.size
-    deepest = max(k for k in range(9) if h % 2 ** k == 0 and w % 2 ** k == 0)
-    unit, halvings = 2 ** max(cfg.levels, 4), PATCHES[cfg.patch]
-    check_sides("--size", cfg.size, unit, 32, f"G halves each side {cfg.levels or '4 to 8'} times")
-    least = 3 * 2 ** halvings                    # D's last two convolutions need 3 x 3 units
-    if cfg.loss != "L1" and halvings and min(h, w) < least:
-        side = -(-least // unit) * unit
-        raise UserError(f"--patch {cfg.patch}: D halves each side {halvings} times, for which "
-                        f"--size {h} {w} is too small; --size {side} {side} would do")
+    deepest = max(k for k in range(9) if all(side % 2 ** k == 0 for side in cfg.size))
+    halvings = 0 if cfg.loss == "L1" else PATCHES[cfg.patch]    # D ends in maps of 3 x 3 or more
+    check_sides("--size", cfg.size, 2 ** max(cfg.levels, 4), max(32, 3 * 2 ** halvings),
+                f"G halves each side {cfg.levels or '4 to 8'} times, D {halvings} times")
     return replace(cfg, levels=cfg.levels or deepest)
 
 
@@ -452,10 +445,8 @@ def networks(cfg: Config) -> tuple[Generator, PatchDiscriminator | None]:
         c_x, c_y, cfg.width, cfg.levels or fit_levels(cfg).levels,
         skips=cfg.generator != "encoder-decoder", bottleneck_norm=cfg.bottleneck_norm,
         first_dropout=2 if cfg.released else 1, smooth=cfg.generator == "unet-smooth")
-    if cfg.loss == "L1":
-        return generator, None
-    conditional = cfg.loss in ("cGAN", "L1+cGAN")
-    return generator, PatchDiscriminator(c_x, c_y, cfg.width, cfg.patch, conditional)
+    return generator, None if cfg.loss == "L1" else PatchDiscriminator(
+        c_x, c_y, cfg.width, cfg.patch, conditional="cGAN" in cfg.loss)
 
 
 def adam(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -471,13 +462,8 @@ def build(cfg: Config, device: torch.device) -> State:
     All processes of a run on several GPUs start from the same weights, since the seed is the same.
     """
     torch.manual_seed(cfg.seed)
-    generator, discriminator = networks(cfg)
-    generator, opt_d = prepare(generator, cfg, device), None
-    opt_g = adam(generator, cfg)
-    if discriminator is not None:
-        discriminator = prepare(discriminator, cfg, device)
-        opt_d = adam(discriminator, cfg)
-    state = State(generator, discriminator, opt_g, opt_d)
+    G, D = (None if net is None else prepare(net, cfg, device) for net in networks(cfg))
+    state = State(G, D, adam(G, cfg), None if D is None else adam(D, cfg))
     if cfg.init:
         load(state, read_weights(*cfg.init), " ".join(cfg.init))
     return state
@@ -516,26 +502,20 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     # D: the max in Eq. (4). Real and fake pass separately: BatchNorm must never mix them.
     if D is not None:
         real, fake = discriminator_loss(D(x, y), D(x, y_hat.detach()))   # detach: must not reach G
-        state.opt_d.zero_grad(set_to_none=True)
+        state.opt_d.zero_grad()
         (real + fake).backward()
         state.opt_d.step()
-        losses |= {"d_real": real.detach(), "d_fake": fake.detach()}
+        losses = {"d_real": real, "d_fake": fake, "g_gan": generator_loss(D(x, y_hat))}
 
     # G: the min in Eq. (4), against the D just updated; gradients pass through D, not into it.
-    objective = 0.0
-    if D is not None:
-        D.requires_grad_(False)
-        loss_gan = generator_loss(D(x, y_hat))
-        objective, losses["g_gan"] = loss_gan, loss_gan.detach()
-    loss_l1 = l1_loss(y_hat, y)                 # without lambda; logged even where not trained on
-    if cfg.loss in ("L1", "L1+GAN", "L1+cGAN"):
-        objective = objective + cfg.lambda_l1 * loss_l1
-    state.opt_g.zero_grad(set_to_none=True)
-    objective.backward()
+    losses["g_l1"] = l1_loss(y_hat, y)          # without lambda; logged even where not trained on
+    objective = losses.get("g_gan", 0.0)
+    if "L1" in cfg.loss:
+        objective = objective + cfg.lambda_l1 * losses["g_l1"]
+    state.opt_g.zero_grad()
+    objective.backward(inputs=list(G.parameters()))
     state.opt_g.step()
-    if D is not None:
-        D.requires_grad_(True)
-    return losses | {"g_l1": loss_l1.detach()}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def learning_rate(cfg: Config, epoch: int) -> float:
@@ -559,9 +539,8 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
                            cfg.steps)
     with Run(cfg, state, loader, test_set, stored) as run:
         while not loader.over:
-            for optimiser in (state.opt_g, state.opt_d):
-                if optimiser is not None:
-                    optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
+            for optimiser in filter(None, (state.opt_g, state.opt_d)):
+                optimiser.param_groups[0]["lr"] = learning_rate(cfg, loader.epoch)
             for batch in loader:                # what is left of this epoch
                 run.done(train_step(state, make_pair(batch, cfg), cfg))
     return run.end()
@@ -653,11 +632,15 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 # ------------------------------------------------------------------------------ 6 Evaluation
 
 # The paper's numbers, all on Cityscapes: per-pixel accuracy, per-class accuracy, class IOU.
-TABLE_1 = {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
-           "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17), "ground truth": (.80, .26, .21)}
-TABLE_2 = {("encoder-decoder", "L1"): (.35, .12, .08), ("unet", "L1"): (.48, .18, .13),
-           ("encoder-decoder", "L1+cGAN"): (.29, .09, .05), ("unet", "L1+cGAN"): (.55, .20, .14)}
-TABLE_3 = {1: (.39, .15, .10), 16: (.65, .21, .17), 70: (.66, .23, .17), 286: (.42, .16, .11)}
+TABLES = {
+    "Table 1": {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
+                "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17),
+                "ground truth": (.80, .26, .21)},
+    "Table 2, batches of 10": {
+        "encoder-decoder, L1": (.35, .12, .08), "unet, L1": (.48, .18, .13),
+        "encoder-decoder, L1+cGAN": (.29, .09, .05), "unet, L1+cGAN": (.55, .20, .14)},
+    "Table 3": {"1 x 1": (.39, .15, .10), "16 x 16": (.65, .21, .17), "70 x 70": (.66, .23, .17),
+                "286 x 286": (.42, .16, .11)}}
 TABLE_6 = {"L1": (.86, .42, .35), "cGAN": (.74, .28, .22), "L1+cGAN": (.83, .36, .29)}
 FIGURE_7 = {"L1": (.81, .69, .70), "cGAN": (.87, .74, .84), "L1+cGAN": (.86, .84, .82),
             "PixelGAN": (.83, .68, .78)}        # histogram intersection with the truth: L, a, b
@@ -723,15 +706,14 @@ def evaluate(cfg: Config, state: State) -> dict:
     """
     generator, out = test_time(state, cfg), Path(cfg.out)
     test_set = dataset(cfg, "test").require("image").require(NEEDED.get(cfg.task))
-    if cfg.task == "labels2photo":
-        test_set.require_scored()
-    device = next(generator.parameters()).device
-    table, scorer = class_table(cfg.classes) if cfg.classes else None, None
+    scored, table, scorer = cfg.task in ("labels2photo", "photo2labels"), test_set.table, None
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
+        test_set.require_scored()
         photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
+        device = next(generator.parameters()).device
         scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
-    scored = table is not None and cfg.task in ("labels2photo", "photo2labels")
-    confusion, histograms, l1, tiles = {}, {}, [], []
+    histograms, confusion = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}
+    l1, tiles = [], []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair = test_pair(test_set[i], state, cfg)
         torch.manual_seed(draw_seed(cfg.seed, pair["name"]))
@@ -740,15 +722,14 @@ def evaluate(cfg: Config, state: State) -> dict:
         views = {"output": to_rgb(y_hat, pair, cfg), "truth": to_rgb(pair["image"], pair, cfg)}
         tiles.append(torch.cat([to_rgb(pair["input"], pair, cfg), *views.values()]).cpu())
         for row, view in views.items():
-            histograms[row] = histograms.get(row, 0) + colour_histograms(view).cpu()
+            histograms[row] += colour_histograms(view).cpu()
             if scored:
-                label = pair["label"] if "label" in pair else nearest_colour(pair["image"], table)
                 found = scorer(view).argmax(1) if scorer else nearest_colour(view, table)
-                counts = common.confusion_matrix(found, label, table).cpu()
-                confusion[row] = confusion.get(row, 0) + counts
+                confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
     lab = histogram_intersection(histograms["output"], histograms["truth"]).tolist()
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1), "histogram intersection": lab}
-    metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
+    if scored:
+        metrics |= {row: common.segmentation_scores(n) for row, n in confusion.items()}
     report(metrics, cfg)
     worst = sorted(range(len(l1)), key=lambda i: -l1[i])[:8]                          # Fig. 21
     save_images(torch.cat([tiles[i] for i in worst]), out / "worst.png", nrow=6)
@@ -758,30 +739,21 @@ def evaluate(cfg: Config, state: State) -> dict:
 
 
 def report(metrics: dict, cfg: Config) -> None:
-    """The metrics as text beside the paper's. Its data and scorer are others: compare orderings."""
-    def line(name: str, values, digits: int = 2) -> None:
-        if values:
-            print(f"  {name:46}" + "".join(f"{v:8.{digits}f}" for v in values))
-
-    g, d, loss = cfg.generator.removesuffix("-smooth"), f"{cfg.patch} x {cfg.patch}", cfg.loss
-    print(f"\n{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
-    print(f"\nFig. 7d, histogram intersection {'L':>23}{'a':>8}{'b':>8}")
-    line("this run", metrics["histogram intersection"], 3)
-    line("paper, Cityscapes", FIGURE_7.get("PixelGAN" if cfg.patch == 1 else loss))
-    if "output" not in metrics:                 # neither the task nor the data knows label maps
-        return
-    print(f"\nSegmentation {'per-pixel':>42}{'class':>8}{'IOU':>8}")
-    line(f"this run: {g}, {loss}, {d}", metrics["output"].values(), 3)
-    line("the truth, scored alike", metrics["truth"].values(), 3)
-    if cfg.task == "photo2labels":
-        line(f"paper, Cityscapes, Table 6, {loss}", TABLE_6.get(loss))
-        return
-    line("paper, Cityscapes, Table 1, ground truth", TABLE_1["ground truth"])
-    line(f"paper, Table 2, batch 10, {g}, {loss}", TABLE_2.get((g, loss)))
-    if g == "unet" and cfg.patch == 70:
-        line(f"paper, Cityscapes, Table 1, {loss}", TABLE_1[loss])
-    if g == "unet" and loss == "L1+cGAN":
-        line(f"paper, Cityscapes, Table 3, {d}", TABLE_3.get(cfg.patch))
+    """The metrics, and below them the paper's. Its data and scorer are others: compare orderings.
+    """
+    ours = f"this run: {cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}"
+    tables = {"histogram intersection: L, a, b": {ours: metrics["histogram intersection"]},
+              "paper, Cityscapes, Fig. 7d": FIGURE_7}
+    if "output" in metrics:                     # the task and the data know label maps
+        tables["segmentation: per-pixel accuracy, per-class accuracy, class IOU"] = {
+            ours: metrics["output"].values(), "the truth, scored alike": metrics["truth"].values()}
+        papers = {"Table 6": TABLE_6} if cfg.task == "photo2labels" else TABLES
+        tables |= {f"paper, Cityscapes, {name}": rows for name, rows in papers.items()}
+    print(f"{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
+    for title, rows in tables.items():
+        print(title)
+        for name, values in rows.items():
+            print(f"    {name:46}" + "".join(f"{v:8.3f}" for v in values))
 
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
@@ -789,12 +761,10 @@ def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(11, 3), layout="constrained")
     for c, axes in enumerate(figure.subplots(1, 3)):
         for (row, h), style in zip(histograms.items(), ("-", ":")):
-            share = h[c] / h[c].sum()
-            axes.plot(torch.arange(-109.5, 110), share.where(share > 0, torch.nan).log(), style,
-                      label=row)
-        axes.set(xlabel="Lab"[c], ylabel="log P", xlim=(0, 100) if c == 0 else (-60, 60))
+            axes.semilogy(torch.arange(-109.5, 110), h[c] / h[c].sum(), style, label=row)
+        axes.set(xlabel="Lab"[c], ylabel="P", xlim=(0, 100) if c == 0 else (-60, 60))
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
 
 
 # -------------------------------------------------------------------------------- 7 The run
@@ -836,11 +806,9 @@ def prepare(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
     """Before each update: the mean over all processes. All began with the same weights."""
     if dist.is_initialized():
-        grads = [p.grad for g in optimiser.param_groups for p in g["params"] if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+        for parameter in itertools.chain(*(group["params"] for group in optimiser.param_groups)):
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
 
 
 def read_weights(*paths: str | Path) -> dict:
@@ -866,25 +834,17 @@ def load(state: State, stored: dict, path: str | Path, everything: bool = False)
     for name in names:
         value = getattr(state, name)
         try:
-            if isinstance(value, torch.optim.Optimizer):
-                load_moments(value, stored[name])
-            elif hasattr(value, "load_state_dict"):
+            if hasattr(value, "load_state_dict"):
                 value.load_state_dict(stored[name])
             else:                               # a tensor, a number, or None
                 setattr(state, name, stored[name])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: its {name} has another size, other classes, or is of another "
                             f"version ({' '.join(str(error).split()):.160})")
-
-
-def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:
-    """An optimiser's moments, each in the memory order of its parameter: the fused update pairs
-    their values as they lie in memory. Its rates are the config's."""
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": stored["state"], "param_groups": groups})
-    for parameter, moments in optimiser.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        if isinstance(value, torch.optim.Optimizer):    # --channels-last may differ, and the fused
+            for parameter, moments in value.state.items():    # update pairs values as they lie
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[key] = torch.empty_like(parameter).copy_(moments[key])
 
 
 class Run:
@@ -897,42 +857,38 @@ class Run:
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
                  stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
-        self.log, self.pending, self.asked, self.before = [], [], 0, {}   # asked: by which signal
+        self.log, self.pending, self.unsaved = [], [], None     # unsaved: a step that is complete
+        self.asked, self.before = 0, {}         # by which signal to stop; who heard it before us
         if stored:                              # --resume
             load(state, stored, cfg.out, everything=True)
             loader.load_state_dict(stored["place"])
             self.log = stored["log"]
         elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
+        elif cfg.out:
+            common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
+                            ("samples",))
         if loader.step >= loader.total:
-            raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
-                            "larger --epochs or --steps goes on")
+            raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
-            cfg = replace(cfg, out=cfg.out or str(new_folder(NAME)))
-            if not stored:
-                common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
-                                ("samples",))
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
             print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
                   f"{loader.per_epoch} an epoch; in {cfg.out}")
-        self.cfg, self.dead, self.finished, self.saved = cfg, False, loader.step, loader.step
-        self.clock, self.cost = time.perf_counter(), 0.0    # of the last save: when, how long
-
-    def __enter__(self) -> "Run":
-        loader = self.loader
+        self.cfg, self.clock, self.cost = cfg, time.perf_counter(), 0.0    # of the last save
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
-        if threading.current_thread() is threading.main_thread():         # others get no signals
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # the last: SLURM's
-                number = getattr(signal, name, None)                      # not all on Windows
-                if number and signal.getsignal(number) != signal.SIG_IGN:     # as nohup sets it
-                    self.before[number] = signal.signal(number, self.stop)
+
+    def __enter__(self) -> "Run":
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):         # the last: SLURM's
+            number = getattr(signal, name, None)                        # not all on Windows
+            if number and signal.getsignal(number) != signal.SIG_IGN:   # as nohup sets it
+                self.before[number] = signal.signal(number, self.stop)
         return self
 
     def __exit__(self, kind: type, error: BaseException, trace) -> None:
         """An error between two steps, as a file that cannot be read, costs none of them."""
-        if error and self.loader.rank == 0 and self.saved < self.finished == self.loader.step:
+        if error and self.unsaved == self.loader.step:
             self.save()
         self.bar.close()
         for number, handler in self.before.items():
@@ -952,40 +908,37 @@ class Run:
         return now and self.asked > 0
 
     def done(self, losses: dict[str, Tensor]) -> None:
-        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures, if
-        that costs less than a tenth of the time; after half an hour in any case."""
+        """After each step. Every 20 a row of the log: losses, the mean since the last; images per
+        second; share of waiting for data. Every epoch, or half an hour, a checkpoint and pictures,
+        if that costs less than a tenth of the time."""
         loader = self.loader
         loader.over |= self.stopped()
-        self.finished = loader.step
-        if loader.rank == 0:
-            self.bar.update()
-            self.pending.append(torch.stack(list(losses.values())))      # on the device still
-            since = time.perf_counter() - self.clock
-            due = since > 1800 or loader.step % loader.per_epoch == 0
-            saving = loader.over or due and since > 9 * self.cost
-            if saving or loader.step % 20 == 0:
-                self.note(list(losses))
-            if saving:
-                self.save()
-
-    def note(self, names: list[str]) -> None:
-        """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        means, self.pending = torch.stack(self.pending).mean(0).tolist(), []
-        losses = dict(zip(names, means))
-        if not np.isfinite(means).all():
-            self.saved = self.finished          # nothing of this is worth keeping
-            raise UserError(f"step {self.loader.step}: {losses}: stopped; the last good checkpoint "
-                            "is kept. A smaller --lr may help")
-        of_d = [value for name, value in losses.items() if name.startswith("d_")]
-        self.dead = len(of_d) > 0 and sum(of_d) < 1e-6           # D is always right
-        self.log.append({"step": self.loader.step, "epoch": self.loader.epoch}
-                        | self.loader.speed() | {k: f"{value:.5g}" for k, value in losses.items()})
-        self.bar.set_postfix(self.log[-1])
+        if loader.rank > 0:
+            return
+        self.bar.update()
+        self.pending.append(torch.stack(list(losses.values())))     # on the device still
+        since = time.perf_counter() - self.clock
+        due = loader.step % loader.per_epoch == 0 or since > 1800
+        saving = loader.over or due and since > 9 * self.cost
+        if saving or loader.step % 20 == 0:
+            mean = dict(zip(losses, torch.stack(self.pending).mean(0).tolist()))
+            if not np.isfinite(list(mean.values())).all():
+                raise UserError(f"step {loader.step}: {mean}: stopped; the last good checkpoint is "
+                                "kept. A smaller --lr may help")
+            self.log.append({"step": loader.step, "epoch": loader.epoch} | loader.speed()
+                            | {name: f"{value:.5g}" for name, value in mean.items()})
+            self.pending = []
+            self.bar.set_postfix(self.log[-1])
+        if saving:
+            self.save()
+        self.unsaved = None if saving else loader.step
 
     def save(self) -> None:
         """Pictures, which never end a run. Then the checkpoint: everything that --resume needs, as
         tensors and numbers; a run that died in finite numbers keeps the last one before."""
-        out, begun, dead = Path(self.cfg.out), time.perf_counter(), self.dead
+        out, begun, row = Path(self.cfg.out), time.perf_counter(), (self.log or [{}])[-1]
+        of_d = [float(value) for name, value in row.items() if name.startswith("d_")]
+        dead = len(of_d) > 0 and sum(of_d) < 1e-6                # D is always right
         if not self.asked:                      # who wants to stop does not wait for pictures
             try:
                 images = sample_grid(self.state, self.cfg, self.test_set,
@@ -994,28 +947,27 @@ class Run:
                 dead = bool(dead or equal or images.abs().mean() > 0.98)
             except (UserError, OSError, RuntimeError) as error:
                 notice(f"no pictures at step {self.loader.step}: {error}")
-        if dead and (out / "checkpoint.pt").exists() and not (out / "alive.pt").exists():
-            shutil.copyfile(out / "checkpoint.pt", out / "alive.pt")
-            self.bar.write(f"step {self.loader.step}: this run looks dead, D's loss is 0 or all "
-                           f"outputs are equal or saturated; {out / 'alive.pt'} keeps the last "
-                           "checkpoint before. A smaller --lr may help")
+        last, alive = out / "checkpoint.pt", out / "alive.pt"
+        if dead and last.exists() and not alive.exists():
+            shutil.copyfile(last, alive)
+            self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
+                           f"saturated. {alive} is the checkpoint before; a smaller --lr may help")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
             "script": NAME, "config": asdict(self.cfg), "log": self.log,
-            "place": self.loader.state_dict()}, out / "checkpoint.pt")
-        self.saved = self.loader.step
+            "place": self.loader.state_dict()}, last)
         (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
-        if self.log:
+        if row:
             plot_log(self.log, out)
-            self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
+            self.bar.write("  ".join(f"{name} {value}" for name, value in row.items()))
+        if self.asked:
+            self.bar.write(f"stopped at step {self.loader.step} and saved; to go on: "
+                           f"python {NAME}.py --resume --out {out}")
         self.loader.speed()                     # saving and drawing are not training
         self.clock, self.cost = time.perf_counter(), time.perf_counter() - begun
 
     def end(self) -> Path:
         """After the last step."""
-        if self.asked and self.loader.rank == 0:
-            print(f"stopped at step {self.loader.step} and saved; to go on: "
-                  f"python {NAME}.py --resume --out {self.cfg.out}")
         if self.asked:
             sys.exit(128 + self.asked)
         return Path(self.cfg.out)
@@ -1035,11 +987,12 @@ def plot_log(log: list[dict], out: Path) -> None:
     figure.savefig(out / "losses.png", dpi=120)
 
 
-def new_folder(kind: str) -> Path:
-    """The next free runs/<kind>-N, made."""
-    path = next(p for n in itertools.count(1) if not (p := Path("runs", f"{kind}-{n}")).exists())
-    path.mkdir(parents=True)
-    return path
+def run_folder(out: str, kind: str) -> str:
+    """--out, or else the next free runs/<kind>-N; made."""
+    numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
+    path = Path(out) if out else next(path for path in numbered if not path.exists())
+    path.mkdir(parents=True, exist_ok=bool(out))
+    return str(path)
 
 
 # ------------------------------------------------- 8 Command line and the authors' files
@@ -1048,19 +1001,17 @@ def rename_released(stored: dict, path: Path) -> dict:
     """The authors' PyTorch files (a plain state dict of G or of D) under our names.
 
     Their U-Net is nested: level i + 1 is submodule 3 of level i (submodule 1 of the outermost), so
-    its keys carry i prefixes. Layers without parameters own an index too: hence 1, 2, 5 and 6.
+    its keys carry i prefixes. Layers without parameters own an index too: convolution and norm of
+    the encoder are 1 and 2 (0 outermost), of the decoder 5 and 6 (3 and 4 innermost, 3 outermost).
     """
     if {"model.model.0.weight", "model.model.3.weight"} <= stored.keys():
-        n = sum(k.endswith(".1.weight") for k in stored) + 1          # one down-convolution a level
-        names = {"model.model.0": "encoder.0.conv", "model.model.3": f"decoder.{n - 1}.conv"}
-        for i in range(1, n):
-            prefix, last = "model.model.1.model." + "3.model." * (i - 1), i == n - 1
-            names |= {f"{prefix}1": f"encoder.{i}.conv", f"{prefix}2": f"encoder.{i}.norm"}
-            names |= {f"{prefix}{3 if last else 5}": f"decoder.{n - 1 - i}.conv",
-                      f"{prefix}{4 if last else 6}": f"decoder.{n - 1 - i}.norm"}
-        split = {k: k.rpartition(".") for k in stored}                 # module, ".", tensor
-        return {"generator": {f"{names.get(module, module)}.{tensor}": stored[k]
-                              for k, (module, _, tensor) in split.items()}}
+        found, n = {}, max(key.count("model.") for key in stored) - 1              # n levels
+        for key, value in stored.items():
+            module, _, tensor = key.rpartition(".")
+            i, layer = module.count("model.") - 2, module[-1:]
+            part = f"encoder.{i}" if layer in "012" else f"decoder.{n - 1 - i}"
+            found[f"{part}.{'norm' if layer in '246' else 'conv'}.{tensor}"] = value
+        return {"generator": found}
     raise UserError(f"{path}: no checkpoint of pix2pix.py and no released generator; its first key "
                     f"is {next(iter(stored), 'missing')}")
 
@@ -1108,16 +1059,15 @@ def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config
     ours, free = "script" in stored, ("call", "resume", "test") if testing else ("call", "resume")
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{path}: released weights know no dataset; say --input or --data")
-    config = dict(stored["config"] if ours else released_config(stored, given))
-    for f in common.flags(Config):
-        if f.metadata["free"] == "call":
-            config.pop(f.name, None)
-        trained = config.get(f.name)
-        if ours and f.metadata["free"] not in free and given.get(f.name, trained) != trained:
-            raise UserError(f"{flag(f.name)} {given[f.name]} contradicts {path}, which was trained "
-                            f"with {trained}; leave the flag out")
+    config = stored["config"] if ours else released_config(stored, given)
+    kinds = {f.name: f.metadata["free"] for f in common.flags(Config)}
+    for name, value in given.items():
+        if ours and kinds[name] not in free and value != config.get(name, value):
+            raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
+                            f"{config[name]}; leave the flag out")
+    kept = {name: value for name, value in config.items() if kinds.get(name) != "call"}
     try:
-        cfg = Config(**config | given)
+        cfg = Config(**kept | given)
     except TypeError as error:
         raise UserError(f"{path}: of another version ({error}); --init starts a run from it")
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
@@ -1127,17 +1077,14 @@ def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    mode, given = common.parse(words, Config, NAME, MODES, __doc__)
+    mode, given = common.parse(arguments, Config, NAME, MODES, __doc__)
     testing, stored = mode not in ("train", "check", "trace"), None
     if testing or given.get("resume"):
         newest = max(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime,
                      default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
-        if "out" in given:
-            newest = Path(given["out"], "checkpoint.pt")
-        paths = given.get("checkpoint", (newest,))
+        paths = given.get("checkpoint", (Path(given.get("out", newest.parent), newest.name),))
         stored, path = read_weights(*paths), " ".join(map(str, paths))
-        if Path(paths[0]).name == "checkpoint.pt":          # it lies in its run's folder
+        if Path(paths[0]).name == newest.name:  # it lies in its run's folder
             given = {"out": str(Path(paths[0]).parent)} | given
         cfg = stored_config(stored, path, given, testing)
     elif "checkpoint" in given:
@@ -1145,12 +1092,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
     if testing:
-        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
-            cfg = replace(cfg, out=str(new_folder(NAME)))
-        if not cfg.output:                      # tried first, not after the work
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            if not os.access(cfg.out, os.W_OK):
-                raise UserError(f"--out {cfg.out}: may not be written; name another --out")
+        if not cfg.output:                      # of weights that lie in no run's folder: a new one
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
         cfg = for_testing(cfg)
         state = build(cfg, pick_device(cfg))
         load(state, stored, path)
@@ -1159,7 +1102,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                          Path(cfg.out or new_folder("check")))
+                          Path(run_folder(cfg.out, "check")))
     else:
         trace(cfg)
 

@@ -106,7 +106,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -1373,11 +1372,9 @@ def prepare(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
 def average_gradients(optimiser: torch.optim.Optimizer, *_) -> None:
     """Before each update: the mean over all processes. All began with the same weights."""
     if dist.is_initialized():
-        grads = [p.grad for g in optimiser.param_groups for p in g["params"] if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+        for parameter in itertools.chain(*(group["params"] for group in optimiser.param_groups)):
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
 
 
 def read_weights(*paths: str | Path) -> dict:
@@ -1403,25 +1400,17 @@ def load(state: State, stored: dict, path: str | Path, everything: bool = False)
     for name in names:
         value = getattr(state, name)
         try:
-            if isinstance(value, torch.optim.Optimizer):
-                load_moments(value, stored[name])
-            elif hasattr(value, "load_state_dict"):
+            if hasattr(value, "load_state_dict"):
                 value.load_state_dict(stored[name])
             else:                               # a tensor, a number, or None
                 setattr(state, name, stored[name])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: its {name} has another size, other classes, or is of another "
                             f"version ({' '.join(str(error).split()):.160})")
-
-
-def load_moments(optimiser: torch.optim.Optimizer, stored: dict) -> None:
-    """An optimiser's moments, each in the memory order of its parameter: the fused update pairs
-    their values as they lie in memory. Its rates are the config's."""
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": stored["state"], "param_groups": groups})
-    for parameter, moments in optimiser.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        if isinstance(value, torch.optim.Optimizer):    # --channels-last may differ, and the fused
+            for parameter, moments in value.state.items():    # update pairs values as they lie
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[key] = torch.empty_like(parameter).copy_(moments[key])
 
 
 class Run:
@@ -1434,42 +1423,38 @@ class Run:
     def __init__(self, cfg: Config, state: State, loader: common.Loader, test_set: common.Dataset,
                  stored: dict | None = None):
         self.state, self.loader, self.test_set = state, loader, test_set
-        self.log, self.pending, self.asked, self.before = [], [], 0, {}   # asked: by which signal
+        self.log, self.pending, self.unsaved = [], [], None     # unsaved: a step that is complete
+        self.asked, self.before = 0, {}         # by which signal to stop; who heard it before us
         if stored:                              # --resume
             load(state, stored, cfg.out, everything=True)
             loader.load_state_dict(stored["place"])
             self.log = stored["log"]
         elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
+        elif cfg.out:
+            common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
+                            ("samples",))
         if loader.step >= loader.total:
-            raise UserError(f"{cfg.out}: finished at step {loader.step}, epoch {loader.epoch}; a "
-                            "larger --epochs or --steps goes on")
+            raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
-            cfg = replace(cfg, out=cfg.out or str(new_folder(NAME)))
-            if not stored:
-                common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
-                                ("samples",))
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
             print(f"{loader.device}: {loader.total} steps of {loader.per_step} image(s), "
                   f"{loader.per_epoch} an epoch; in {cfg.out}")
-        self.cfg, self.dead, self.finished, self.saved = cfg, False, loader.step, loader.step
-        self.clock, self.cost = time.perf_counter(), 0.0    # of the last save: when, how long
-
-    def __enter__(self) -> "Run":
-        loader = self.loader
+        self.cfg, self.clock, self.cost = cfg, time.perf_counter(), 0.0    # of the last save
         self.bar = tqdm(total=loader.total, initial=loader.step, unit="step",
                         disable=None if loader.rank == 0 else True)
-        if threading.current_thread() is threading.main_thread():         # others get no signals
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # the last: SLURM's
-                number = getattr(signal, name, None)                      # not all on Windows
-                if number and signal.getsignal(number) != signal.SIG_IGN:     # as nohup sets it
-                    self.before[number] = signal.signal(number, self.stop)
+
+    def __enter__(self) -> "Run":
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):         # the last: SLURM's
+            number = getattr(signal, name, None)                        # not all on Windows
+            if number and signal.getsignal(number) != signal.SIG_IGN:   # as nohup sets it
+                self.before[number] = signal.signal(number, self.stop)
         return self
 
     def __exit__(self, kind: type, error: BaseException, trace) -> None:
         """An error between two steps, as a file that cannot be read, costs none of them."""
-        if error and self.loader.rank == 0 and self.saved < self.finished == self.loader.step:
+        if error and self.unsaved == self.loader.step:
             self.save()
         self.bar.close()
         for number, handler in self.before.items():
@@ -1489,40 +1474,37 @@ class Run:
         return now and self.asked > 0
 
     def done(self, losses: dict[str, Tensor]) -> None:
-        """After each step. Every 20 a row of the log; every epoch a checkpoint and pictures, if
-        that costs less than a tenth of the time; after half an hour in any case."""
+        """After each step. Every 20 a row of the log: losses, the mean since the last; images per
+        second; share of waiting for data. Every epoch, or half an hour, a checkpoint and pictures,
+        if that costs less than a tenth of the time."""
         loader = self.loader
         loader.over |= self.stopped()
-        self.finished = loader.step
-        if loader.rank == 0:
-            self.bar.update()
-            self.pending.append(torch.stack(list(losses.values())))      # on the device still
-            since = time.perf_counter() - self.clock
-            due = since > 1800 or loader.step % loader.per_epoch == 0
-            saving = loader.over or due and since > 9 * self.cost
-            if saving or loader.step % 20 == 0:
-                self.note(list(losses))
-            if saving:
-                self.save()
-
-    def note(self, names: list[str]) -> None:
-        """A row: losses, the mean since the last; images per second; share of waiting for data."""
-        means, self.pending = torch.stack(self.pending).mean(0).tolist(), []
-        losses = dict(zip(names, means))
-        if not np.isfinite(means).all():
-            self.saved = self.finished          # nothing of this is worth keeping
-            raise UserError(f"step {self.loader.step}: {losses}: stopped; the last good checkpoint "
-                            "is kept. A smaller --lr may help")
-        of_d = [value for name, value in losses.items() if name.startswith("d_")]
-        self.dead = len(of_d) > 0 and sum(of_d) < 1e-6           # D is always right
-        self.log.append({"step": self.loader.step, "epoch": self.loader.epoch}
-                        | self.loader.speed() | {k: f"{value:.5g}" for k, value in losses.items()})
-        self.bar.set_postfix(self.log[-1])
+        if loader.rank > 0:
+            return
+        self.bar.update()
+        self.pending.append(torch.stack(list(losses.values())))     # on the device still
+        since = time.perf_counter() - self.clock
+        due = loader.step % loader.per_epoch == 0 or since > 1800
+        saving = loader.over or due and since > 9 * self.cost
+        if saving or loader.step % 20 == 0:
+            mean = dict(zip(losses, torch.stack(self.pending).mean(0).tolist()))
+            if not np.isfinite(list(mean.values())).all():
+                raise UserError(f"step {loader.step}: {mean}: stopped; the last good checkpoint is "
+                                "kept. A smaller --lr may help")
+            self.log.append({"step": loader.step, "epoch": loader.epoch} | loader.speed()
+                            | {name: f"{value:.5g}" for name, value in mean.items()})
+            self.pending = []
+            self.bar.set_postfix(self.log[-1])
+        if saving:
+            self.save()
+        self.unsaved = None if saving else loader.step
 
     def save(self) -> None:
         """Pictures, which never end a run. Then the checkpoint: everything that --resume needs, as
         tensors and numbers; a run that died in finite numbers keeps the last one before."""
-        out, begun, dead = Path(self.cfg.out), time.perf_counter(), self.dead
+        out, begun, row = Path(self.cfg.out), time.perf_counter(), (self.log or [{}])[-1]
+        of_d = [float(value) for name, value in row.items() if name.startswith("d_")]
+        dead = len(of_d) > 0 and sum(of_d) < 1e-6                # D is always right
         if not self.asked:                      # who wants to stop does not wait for pictures
             try:
                 images = sample_grid(self.state, self.cfg, self.test_set,
@@ -1531,28 +1513,27 @@ class Run:
                 dead = bool(dead or equal or images.abs().mean() > 0.98)
             except (UserError, OSError, RuntimeError) as error:
                 notice(f"no pictures at step {self.loader.step}: {error}")
-        if dead and (out / "checkpoint.pt").exists() and not (out / "alive.pt").exists():
-            shutil.copyfile(out / "checkpoint.pt", out / "alive.pt")
-            self.bar.write(f"step {self.loader.step}: this run looks dead, D's loss is 0 or all "
-                           f"outputs are equal or saturated; {out / 'alive.pt'} keeps the last "
-                           "checkpoint before. A smaller --lr may help")
+        last, alive = out / "checkpoint.pt", out / "alive.pt"
+        if dead and last.exists() and not alive.exists():
+            shutil.copyfile(last, alive)
+            self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
+                           f"saturated. {alive} is the checkpoint before; a smaller --lr may help")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
             "script": NAME, "config": asdict(self.cfg), "log": self.log,
-            "place": self.loader.state_dict()}, out / "checkpoint.pt")
-        self.saved = self.loader.step
+            "place": self.loader.state_dict()}, last)
         (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
-        if self.log:
+        if row:
             plot_log(self.log, out)
-            self.bar.write("  ".join(f"{name} {value}" for name, value in self.log[-1].items()))
+            self.bar.write("  ".join(f"{name} {value}" for name, value in row.items()))
+        if self.asked:
+            self.bar.write(f"stopped at step {self.loader.step} and saved; to go on: "
+                           f"python {NAME}.py --resume --out {out}")
         self.loader.speed()                     # saving and drawing are not training
         self.clock, self.cost = time.perf_counter(), time.perf_counter() - begun
 
     def end(self) -> Path:
         """After the last step."""
-        if self.asked and self.loader.rank == 0:
-            print(f"stopped at step {self.loader.step} and saved; to go on: "
-                  f"python {NAME}.py --resume --out {self.cfg.out}")
         if self.asked:
             sys.exit(128 + self.asked)
         return Path(self.cfg.out)
@@ -1572,11 +1553,12 @@ def plot_log(log: list[dict], out: Path) -> None:
     figure.savefig(out / "losses.png", dpi=120)
 
 
-def new_folder(kind: str) -> Path:
-    """The next free runs/<kind>-N, made."""
-    path = next(p for n in itertools.count(1) if not (p := Path("runs", f"{kind}-{n}")).exists())
-    path.mkdir(parents=True)
-    return path
+def run_folder(out: str, kind: str) -> str:
+    """--out, or else the next free runs/<kind>-N; made."""
+    numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
+    path = Path(out) if out else next(path for path in numbered if not path.exists())
+    path.mkdir(parents=True, exist_ok=bool(out))
+    return str(path)
 
 
 # ------------------------------------------------- 8 Command line and the authors' files
@@ -1677,16 +1659,15 @@ def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config
     ours, free = "script" in stored, ("call", "resume", "test") if testing else ("call", "resume")
     if not ours and not given.keys() & {"data", "input"}:
         raise UserError(f"{path}: released weights know no dataset; say --input or --data")
-    config = dict(stored["config"] if ours else released_config(stored, given))
-    for f in common.flags(Config):
-        if f.metadata["free"] == "call":
-            config.pop(f.name, None)
-        trained = config.get(f.name)
-        if ours and f.metadata["free"] not in free and given.get(f.name, trained) != trained:
-            raise UserError(f"{flag(f.name)} {given[f.name]} contradicts {path}, which was trained "
-                            f"with {trained}; leave the flag out")
+    config = stored["config"] if ours else released_config(stored, given)
+    kinds = {f.name: f.metadata["free"] for f in common.flags(Config)}
+    for name, value in given.items():
+        if ours and kinds[name] not in free and value != config.get(name, value):
+            raise UserError(f"{flag(name)} {value} contradicts {path}, which was trained with "
+                            f"{config[name]}; leave the flag out")
+    kept = {name: value for name, value in config.items() if kinds.get(name) != "call"}
     try:
-        cfg = Config(**config | given)
+        cfg = Config(**kept | given)
     except TypeError as error:
         raise UserError(f"{path}: of another version ({error}); --init starts a run from it")
     if ours and cfg.classes and given.keys() & {"data", "classes"} == {"data"}:
@@ -1696,17 +1677,14 @@ def stored_config(stored: dict, path: str, given: dict, testing: bool) -> Config
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: arguments -> config -> mode. Raises UserError for a user's mistake."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    mode, given = common.parse(words, Config, NAME, MODES, __doc__)
+    mode, given = common.parse(arguments, Config, NAME, MODES, __doc__)
     testing, stored = mode not in ("train", "check", "trace"), None
     if testing or given.get("resume"):
         newest = max(Path("runs").glob(f"{NAME}-*/checkpoint.pt"), key=os.path.getmtime,
                      default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
-        if "out" in given:
-            newest = Path(given["out"], "checkpoint.pt")
-        paths = given.get("checkpoint", (newest,))
+        paths = given.get("checkpoint", (Path(given.get("out", newest.parent), newest.name),))
         stored, path = read_weights(*paths), " ".join(map(str, paths))
-        if Path(paths[0]).name == "checkpoint.pt":          # it lies in its run's folder
+        if Path(paths[0]).name == newest.name:  # it lies in its run's folder
             given = {"out": str(Path(paths[0]).parent)} | given
         cfg = stored_config(stored, path, given, testing)
     elif "checkpoint" in given:
@@ -1714,12 +1692,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
     if testing:
-        if not (cfg.out or cfg.output):         # weights that lie in no run's folder
-            cfg = replace(cfg, out=str(new_folder(NAME)))
-        if not cfg.output:                      # tried first, not after the work
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            if not os.access(cfg.out, os.W_OK):
-                raise UserError(f"--out {cfg.out}: may not be written; name another --out")
+        if not cfg.output:                      # of weights that lie in no run's folder: a new one
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
         cfg = for_testing(cfg)
         state = build(cfg, pick_device(cfg))
         load(state, stored, path)
@@ -1728,7 +1702,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(cfg, stored)
     elif mode == "check":
         common.check_data([dataset(cfg, split) for split in ("train", "test")],
-                          Path(cfg.out or new_folder("check")))
+                          Path(run_folder(cfg.out, "check")))
     else:
         trace(cfg)
 

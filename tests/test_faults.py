@@ -300,8 +300,8 @@ cure("a smaller batch", nothing, f"{{train}} {STEPS} --batch-size 6", r"training
      "{line} --batch-size {0}", ("lab2pix", "pix2pix", "pix2pixhd"))
 cure("photos alone", PHOTOS, f"{{train}} --data x {STEPS}", "(--task colorization)",
      "{line} {0}", ("pix2pix",))
-cure("a larger size for D", nothing, f"{{train}} {STEPS} --patch 142", r"(\d+) would do",
-     "{line} --size {0} {0}", ("pix2pix",))
+cure("a larger size for D", nothing, f"{{train}} {STEPS} --patch 142", r"(--size \d+ \d+)$",
+     "{line} {0}", ("pix2pix",))
 cure("no VGG", nothing, f"{T} --vgg gone.pt {{vgg}}", "(--vgg random)", "{line} {0}", WITH_VGG)
 cure("instances for --input", nothing, f"sample {RUN} --input data/test_label --samples 1 "
      "--output o", "(--instances)", "{line} {0} data/test_inst", WITH_INSTANCES)
