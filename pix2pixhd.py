@@ -275,9 +275,8 @@ class InstanceNorm(nn.GroupNorm):
         super().__init__(c, c, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and len(x) == 1:
-            return F.batch_norm(x, None, None, training=True, eps=self.eps)
-        return super().forward(x)
+        alone = x.is_cuda and len(x) == 1
+        return F.batch_norm(x, None, None, training=True) if alone else super().forward(x)
 
 
 def convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -885,20 +884,20 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     s, x = batch["input"], batch["image"]       # (B, c, H, W), (B, 3, H, W) in [-1, 1]
     z = [] if E is None else [style_of_photo(E, x, batch["region"], cfg)]
     x_hat = G(torch.cat([s, *z], 1))            # "we replace G(s) with G(s, E(x))"       Sec. 3.4
+    loss_vgg, vgg_term = None, 0.0
     if "VGG" in cfg.loss:                       # before D: see perceptual_term
         loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat, cfg.vgg == "random")
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
     log = "log" in cfg.loss
 
     # G and E: the min in Eq. (4).
-    losses = {"g_gan": generator_loss(fake, log)}               # weight 1
-    objective = losses["g_gan"]
+    losses = {"g_gan": generator_loss(fake, log)}
     if "FM" in cfg.loss:
         losses["g_fm"] = feature_matching_loss(real, fake, cfg.released)
-        objective = objective + cfg.lambda_fm * losses["g_fm"]
     if "VGG" in cfg.loss:
         losses["g_vgg"] = loss_vgg
-        objective = objective + cfg.lambda_vgg * vgg_term
+    objective = (losses["g_gan"] + cfg.lambda_fm * losses.get("g_fm", 0.0)
+                 + cfg.lambda_vgg * vgg_term)
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(G, E), retain_graph=True)     # D's loss needs the graph, too
 
@@ -1073,14 +1072,11 @@ def kmeans(points: Tensor, k: int, seed: int = 0) -> Tensor:
         chance = distances(centres).amin(1)
         new = torch.multinomial(chance / chance.max(), 1, generator=generator)
         centres = torch.cat([centres, points[new]])
-    for _ in range(100):
+    for _ in range(100):                        # long before the last, nothing moves any more
         owner = distances(centres).argmin(1)
         sums = torch.zeros_like(centres).index_add_(0, owner, points)
         sizes = owner.bincount(minlength=k)[:, None]
-        moved = torch.where(sizes > 0, sums / sizes, centres)           # one without points stays
-        if torch.equal(moved, centres):
-            break
-        centres = moved
+        centres = torch.where(sizes > 0, sums / sizes, centres)         # one without points stays
     return centres.float()
 
 
@@ -1598,8 +1594,7 @@ def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
     elif mode == "encode":
         keep_styles(cfg, state, Path(*(cfg.checkpoint[:1] or (cfg.out, "checkpoint.pt"))))
     else:
-        make = sample if mode == "sample" else edit
-        make(cfg, state, given.get("size"))
+        {"sample": sample, "edit": edit}[mode](cfg, state, given.get("size"))
 
 
 def trace(cfg: Config) -> None:
