@@ -302,11 +302,6 @@ class Config:
         """How many of D_3, D_2, D_1 there are, Sec. 5.2. Row A_u has SPADE's two, of X_3 alone."""
         return 3 if self.pg or self.version == "V2-H" else 2
 
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Adam's, which Sec. 5.2 gives with the kind of adversarial loss."""
-        return (0.0, 0.9) if self.gan == "hinge" else (0.5, 0.999)
-
 
 # Sec. 5.2, what each version changes against the defaults above. V1 trains on one image at a time
 # with the original, vanilla GAN loss and a weaker mask (T = 2). Its lambda_3 is small because Eq.
@@ -1256,7 +1251,9 @@ def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
 
 
 def adam(cfg: Config, *nets: nn.Module | None) -> torch.optim.Optimizer:
-    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, cfg.betas, fused=True)
+    """Sec. 5.2 gives the betas with the kind of adversarial loss."""
+    betas = (0.0, 0.9) if cfg.gan == "hinge" else (0.5, 0.999)
+    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, betas, fused=True)
     optimiser.register_step_pre_hook(average_gradients)
     return optimiser
 
