@@ -178,6 +178,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_map
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from common import (
@@ -1346,7 +1347,8 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 
     The losses that are returned are without their lambdas: g_... are G's, d_... are D's.
     """
-    return (step_v1 if cfg.version == "V1" else step_v2)(state, batch, cfg)
+    step = step_v1 if cfg.version == "V1" else step_v2
+    return {name: loss.detach() for name, loss in step(state, batch, cfg).items()}
 
 
 def update_d(state: State, real: list[Judged], fake: list[Judged], blurred: list[Judged] | None,
@@ -1408,8 +1410,7 @@ def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     with parametrize.cached():                  # one D for both: its spectral norms, found once
         real = D(ys, perceive(state.vgg16, ys))
         blurred = D(softs, perceive(state.vgg16, softs)) if cfg.lambda_2 or cfg.ramp else None
-    losses |= update_d(state, real, fake, blurred, cfg, None, w)     # photos have no label: no mask
-    return {name: loss.detach() for name, loss in losses.items()}
+    return losses | update_d(state, real, fake, blurred, cfg, None, w)   # photos without a label
 
 
 def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
@@ -1460,8 +1461,7 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
         blurs = cfg.lambda_2 or cfg.ramp
         blurred = D(with_label(softs, ms), perceive(state.vgg16, softs)) if blurs else None
-    losses |= update_d(state, real, fake, blurred, cfg, w, w)
-    return {name: loss.detach() for name, loss in losses.items()}
+    return losses | update_d(state, real, fake, blurred, cfg, w, w)
 
 
 def learning_rates(cfg: Config, epoch: int) -> tuple[float, float]:
@@ -1506,15 +1506,13 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
 
 @torch.no_grad()
 def translate(generator: nn.Module, z: Tensor, m: Tensor) -> Tensor:
-    """X_3 for maps of any size: (B, noise), (B, N, H, W) -> (B, 3, H, W).
+    """X_3 for one map of any size: (1, noise), (1, N, H, W) -> (1, 3, H, W).
 
     Sides are mirrored up to the next multiple of 2^ups, at least two (of one pixel, a norm leaves
     nothing), and the result is cropped. One image at a time: none depends on its neighbours.
     """
-    height, width = m.shape[-2:]
-    padded = common.mirror_pad(m, generator.multiple, 2 * generator.multiple)
-    images = [generator(z[k:k + 1], padded[k:k + 1])[0] for k in range(len(m))]
-    return torch.cat(images)[..., :height, :width]
+    (height, width), multiple = m.shape[-2:], generator.multiple
+    return generator(z, common.mirror_pad(m, multiple, 2 * multiple))[0][..., :height, :width]
 
 
 def test_time(state: State, cfg: Config) -> nn.Module:
@@ -1622,9 +1620,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     Gaussian windows of 11 x 11, sigma 1.5, K = (0.01, 0.03); mean over windows and channels.
     """
     x, y = (x + 1) / 2, (y + 1) / 2             # brightness counts here, not differences alone
-    line = torch.exp(-(torch.arange(11.0, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (line[:, None] * line / line.sum() ** 2).to(x.dtype).expand(3, 1, 11, 11)
-    a, b, aa, bb, ab = (F.conv2d(t, window, groups=3) for t in (x, y, x * x, y * y, x * y))
+    a, b, aa, bb, ab = (gaussian_blur(t, 11, 1.5)[..., 5:-5, 5:-5]      # whole windows alone
+                        for t in (x, y, x * x, y * y, x * y))
     score = (2 * a * b + 0.01 ** 2) * (2 * (ab - a * b) + 0.03 ** 2)
     score = score / ((a * a + b * b + 0.01 ** 2) * (aa - a * a + bb - b * b + 0.03 ** 2))
     return score.flatten(1).mean(1)

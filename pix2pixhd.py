@@ -360,8 +360,9 @@ class GlobalGenerator(nn.Module):
         return self.back(self.residual(self.front(s)))
 
 
-class LocalEnhancer(nn.Module):
-    """G2, or G3, ..., without its output layer (Sec. 3.2, Fig. 3).
+class LocalEnhancer(GlobalGenerator):
+    """G2, or G3, ..., without its output layer (Sec. 3.2, Fig. 3): the layers of a G1 with a single
+    halving, and a second input between them.
 
     s (B, c, H, W), below (B, 2 width, H/2, W/2)  ->  (B, width, H, W), after a ReLU.
 
@@ -369,13 +370,6 @@ class LocalEnhancer(nn.Module):
     the front-end makes of the labels, and the residual blocks work on the sum.
     arXiv: c7s1-32, d64, R64 x 3, u32, and c7s1-3 to come.
     """
-
-    def __init__(self, c_in: int, width: int = 32, blocks: int = 3, smooth: bool = False):
-        super().__init__()
-        self.front = nn.Sequential(*convolution(c_in, width, 7),                # (B, 32, H, W)
-                                   *convolution(width, 2 * width, stride=2))    # (B, 64, H/2, W/2)
-        self.residual = nn.Sequential(*(ResidualBlock(2 * width) for _ in range(blocks)))
-        self.back = nn.Sequential(*deconvolution(2 * width, width, smooth))     # (B, 32, H, W)
 
     def forward(self, s: Tensor, below: Tensor) -> Tensor:
         return self.back(self.residual(self.front(s) + below))
@@ -402,8 +396,9 @@ class Generator(nn.Module):
         super().__init__()
         self.downs = downs
         self.globe = GlobalGenerator(c_in, width, downs, blocks, smooth)    # "global" is a keyword
-        self.enhancers = nn.ModuleList(LocalEnhancer(c_in, width // 2 ** n, enhancer_blocks, smooth)
-                                       for n in range(1, enhancers + 1))
+        self.enhancers = nn.ModuleList(
+            LocalEnhancer(c_in, width // 2 ** n, 1, enhancer_blocks, smooth)
+            for n in range(1, enhancers + 1))
         self.output = output_layer(width // 2 ** enhancers, c_out)
         self.early_outputs = nn.ModuleList(output_layer(width // 2 ** n, c_out)
                                            for n in range(enhancers if early else 0))

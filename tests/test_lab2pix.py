@@ -586,13 +586,12 @@ def test_training_and_sampling_on_two_lists():
 @pytest.mark.parametrize("h, w", [(64, 64), (50, 70), (16, 100), (65, 128)])
 def test_translate_gives_the_size_of_its_input(h, w):
     G = GeneratorV2(5, (64, 64), 2, 4, 4).eval()
-    m, z = torch.rand(2, 5, h, w), torch.randn(2, 4)
+    m, z = torch.rand(1, 5, h, w), torch.randn(1, 4)
     x = lab2pix.translate(G, z, m)
-    assert x.shape == (2, 3, h, w)
+    assert x.shape == (1, 3, h, w)
     rows, columns = (np.pad(np.arange(n), (0, max(-n % 16, 32 - n)), "reflect") for n in (h, w))
     padded = m[..., torch.from_numpy(rows), :][..., torch.from_numpy(columns)]
     torch.testing.assert_close(x, G(z, padded)[0][..., :h, :w])
-    torch.testing.assert_close(x[1:], lab2pix.translate(G, z[1:], m[1:]))
 
 
 def test_batch_norm_at_test_time():
