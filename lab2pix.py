@@ -210,7 +210,7 @@ class Config:
     version: str = setting("V2", "without pairs, with, at 512 x 1024; Sec. 4", ("V1", "V2", "V2-H"))
     ablation: str = setting("", "a row of Table 1 (A_u .. H_u) or of Table 2 (A_s .. E_s)")
     released: bool = setting(False, "what the authors' code does, where it is not the paper's")
-    task: str = setting("labels", "V1: or sketches", ("labels", "sketch"))
+    task: str = setting("labels", "made into photos; sketch: in V1", ("labels", "sketch"))
     direction: str = setting("AtoB", "which half of a pair is the sketch", ("AtoB", "BtoA"))
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
     edges: bool = setting(True, "V2: edges of the instances beside the labels; released code")
@@ -672,7 +672,8 @@ class GeneratorV2(nn.Module):
         c = [16 * width, 16 * width, 16 * width, 16 * width, 8 * width, 4 * width, 2 * width, width]
         if ups == 7:
             c.append(width // 2)
-        self.doubles = [False, ups > 4, ups > 5, True, True, True, True, True]     # before a block
+        # How many doublings stand before each block.
+        self.levels = [*itertools.accumulate([0, ups > 4, ups > 5, 1, 1, 1, 1, 1])]
         self.start = nn.Conv2d(n, c[0], 3, 1, 1) if first == "label" else (
             nn.Linear(noise, c[0] * math.prod(self.trained)))
         self.globe = GlobalEncoder(n, width, ups + 1, ups + 1) if dgnorm else None
@@ -687,11 +688,9 @@ class GeneratorV2(nn.Module):
         else:
             d = first_feature(self.start, z, self.trained, size)
         h = self.globe(m) if self.globe is not None else [None] * 8
-        k = 0                                                                # doublings so far
-        for block, double in zip(self.blocks, self.doubles):
-            if double:
-                d, k = up(d), k + 1
-            d = block(d, resize_label(m, d.shape[-2:]), h[k])
+        for block, k in zip(self.blocks, self.levels):
+            here = (size[0] << k, size[1] << k)                              # 4 x 8 .. 256 x 512
+            d = block(F.interpolate(d, here, mode="nearest"), resize_label(m, here), h[k])
         return [torch.tanh(self.head(F.leaky_relu(d, 0.2)))]
 
 
