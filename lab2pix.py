@@ -177,6 +177,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_map
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from common import (
@@ -208,7 +209,7 @@ class Config:
     version: str = setting("V2", "without pairs, with, at 512 x 1024; Sec. 4", ("V1", "V2", "V2-H"))
     ablation: str = setting("", "a row of Table 1 (A_u .. H_u) or of Table 2 (A_s .. E_s)")
     released: bool = setting(False, "what the authors' code does, where it is not the paper's")
-    task: str = setting("labels", "V1: or sketches, photos' edges", ("labels", "sketch", "edges"))
+    task: str = setting("labels", "made into photos; sketch: in V1", ("labels", "sketch"))
     direction: str = setting("AtoB", "which half of a pair is the sketch", ("AtoB", "BtoA"))
     classes: str = setting("", "a table of common.py, or a number; none: asks the data")
     edges: bool = setting(True, "V2: edges of the instances beside the labels; released code")
@@ -285,8 +286,8 @@ class Config:
                 raise UserError(f"{flag(name)}: not in --version {self.version}")
         if not 4 + v1 <= self.ups <= 7 + v1:
             raise UserError(f"--ups {self.ups}: must be {4 + v1}..{7 + v1} in {self.version}")
-        if self.task != "labels" and (not v1 or self.T != 1):
-            raise UserError(f"--task {self.task}: for --version V1, with --T 1: no foreground")
+        if self.task == "sketch" and (not v1 or self.T != 1):
+            raise UserError("--task sketch: for --version V1, with --T 1: no foreground")
         if (self.lsca or self.lambda_3) and not self.pg:
             raise UserError("--lsca and --lambda-3 join V1's three outputs: they need --pg")
 
@@ -300,11 +301,6 @@ class Config:
     def scales(self) -> int:
         """How many of D_3, D_2, D_1 there are, Sec. 5.2. Row A_u has SPADE's two, of X_3 alone."""
         return 3 if self.pg or self.version == "V2-H" else 2
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Adam's, which Sec. 5.2 gives with the kind of adversarial loss."""
-        return (0.0, 0.9) if self.gan == "hinge" else (0.5, 0.999)
 
 
 # Sec. 5.2, what each version changes against the defaults above. V1 trains on one image at a time
@@ -383,7 +379,7 @@ def configure(preset: str = "", given: dict | None = None, **more) -> Config:
         if part.get("version", version) != version:
             raise UserError(f"--version {version}: --preset or --ablation is {part['version']}'s")
     config = dict(VERSIONS.get(version, {}))
-    if own.get("task", "labels") != "labels":
+    if own.get("task") == "sketch":
         config |= SKETCH
     if own.get("released"):
         config |= dict(dgnorm=False, ramp=False) if version == "V1" else dict(first="label")
@@ -511,9 +507,10 @@ class DGNorm(nn.Module):
     the release, (1 + gamma) BN + beta, starts at BN; both can become the same function.
     """
 
-    def __init__(self, c: int, n: int, hidden: int = 128, eq5: bool = False):
+    def __init__(self, c: int, n: int, hidden: int = 128, eq5: bool = False,
+                 norm: type[nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.eq5, self.norm = eq5, nn.BatchNorm2d(c)
+        self.eq5, self.norm = eq5, norm(c)
         self.shared = nn.Conv2d(n, hidden, 3, 1, 1)
         self.gamma_beta = nn.Conv2d(hidden, 2 * c, 3, 1, 1)     # one convolution for both: faster
 
@@ -674,11 +671,10 @@ class GeneratorV2(nn.Module):
         c = [16 * width, 16 * width, 16 * width, 16 * width, 8 * width, 4 * width, 2 * width, width]
         if ups == 7:
             c.append(width // 2)
-        self.doubles = [False, ups > 4, ups > 5, True, True, True, True, True]     # before a block
-        if first == "label":
-            self.start = nn.Conv2d(n, 16 * width, 3, 1, 1)
-        else:
-            self.start = nn.Linear(noise, 16 * width * math.prod(self.trained))
+        # How many doublings stand before each block.
+        self.levels = [*itertools.accumulate([0, ups > 4, ups > 5, 1, 1, 1, 1, 1])]
+        self.start = nn.Conv2d(n, c[0], 3, 1, 1) if first == "label" else (
+            nn.Linear(noise, c[0] * math.prod(self.trained)))
         self.globe = GlobalEncoder(n, width, ups + 1, ups + 1) if dgnorm else None
         self.blocks = nn.ModuleList(
             GenResBlk(c_in, c_out, n, 2 * width, eq5) for c_in, c_out in zip(c, c[1:]))
@@ -691,11 +687,9 @@ class GeneratorV2(nn.Module):
         else:
             d = first_feature(self.start, z, self.trained, size)
         h = self.globe(m) if self.globe is not None else [None] * 8
-        k = 0                                                                # doublings so far
-        for block, double in zip(self.blocks, self.doubles):
-            if double:
-                d, k = up(d), k + 1
-            d = block(d, resize_label(m, d.shape[-2:]), h[k])
+        for block, k in zip(self.blocks, self.levels):
+            here = (size[0] << k, size[1] << k)                              # 4 x 8 .. 256 x 512
+            d = block(F.interpolate(d, here, mode="nearest"), resize_label(m, here), h[k])
         return [torch.tanh(self.head(F.leaky_relu(d, 0.2)))]
 
 
@@ -1039,23 +1033,17 @@ def generator_loss(fake: list[Judged], gan: str, w: Tensor | None = None) -> Ten
     Paper: L_adv^R, D's own loss on real images, for both. With hinge that would stop teaching G
     wherever D is fooled by a margin. softplus(-q) is -log of the sigmoid of q, without overflow.
     """
-    if gan == "hinge":
-        return hierarchical(fake, lambda q: -q, w)
-    return hierarchical(fake, lambda q: F.softplus(-q), w)
+    return hierarchical(fake, lambda q: -q if gan == "hinge" else F.softplus(-q), w)
 
 
 def fake_loss(fake: list[Judged], gan: str, w: Tensor | None = None) -> Tensor:
     """Eq. (12) and (26), L_1^D(X)_F: -log(1 - D(X)), or max(0, 1 + D(X))."""
-    if gan == "hinge":
-        return hierarchical(fake, lambda q: F.relu(1 + q), w)
-    return hierarchical(fake, F.softplus, w)
+    return hierarchical(fake, lambda q: F.relu(1 + q) if gan == "hinge" else F.softplus(q), w)
 
 
 def real_loss(real: list[Judged], gan: str, w: Tensor | None = None) -> Tensor:
     """Eq. (13) and (27), L_1^D(Y)_R: -log D(Y), or max(0, 1 - D(Y)); W in V2 alone."""
-    if gan == "hinge":
-        return hierarchical(real, lambda q: F.relu(1 - q), w)
-    return hierarchical(real, lambda q: F.softplus(-q), w)
+    return hierarchical(real, lambda q: F.relu(1 - q) if gan == "hinge" else F.softplus(-q), w)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -1142,9 +1130,6 @@ class State:
     opt_d: torch.optim.Optimizer | None         # of D_i: net_2
 
 
-NEEDED = {"labels": "label", "edges": "image"}      # task: kind of file; of sketches see `lists`
-
-
 def dataset(cfg: Config, split: str, kind: type = common.Dataset, **changes) -> common.Dataset:
     """One split: pairs of M and Y, in V2 with instances; of sketches, which V1 alone knows, M."""
     train = split == "train"
@@ -1152,15 +1137,14 @@ def dataset(cfg: Config, split: str, kind: type = common.Dataset, **changes) -> 
         data=cfg.data, split=split, size=cfg.size, jitter=train and cfg.augment == "jitter",
         mirror=train and cfg.augment != "none", limit=cfg.limit, classes=cfg.classes,
         direction=cfg.direction, seed=cfg.seed, instances=cfg.edges, understood=cfg.understood,
-        photos_only=cfg.task == "edges",
-        only=lists(cfg)[0] if cfg.task != "labels" else "") | changes)
+        only=lists(cfg)[0] if cfg.task == "sketch" else "") | changes)
 
 
 def lists(cfg: Config) -> tuple[str, str]:
     """The files of M and those of Y, which V1 reads apart."""
-    if cfg.task == "sketch":
-        return ("A", "B") if cfg.direction == "AtoB" else ("B", "A")
-    return ("label", "image") if cfg.task == "labels" else ("image", "image")
+    if cfg.task == "labels":
+        return "label", "image"
+    return ("A", "B") if cfg.direction == "AtoB" else ("B", "A")
 
 
 class Unpaired(common.Dataset):
@@ -1168,7 +1152,7 @@ class Unpaired(common.Dataset):
 
     Photo i + shift stands beside label i, with another shift in each epoch; where that would be the
     label's own photo, the next one. No loss of V1 sees a label and a photo together, so who stands
-    beside whom changes nothing but the order. With --task edges the sketch is made of a photo.
+    beside whom changes nothing but the order.
     """
 
     def __init__(self, only: tuple[str, str], understood: dict, **options):
@@ -1185,10 +1169,8 @@ class Unpaired(common.Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
-        item = super().__getitem__((epoch, i))
-        if not item.keys() & {"label", "input"}:
-            item["input"] = sketch_of(item["image"][None])[0]
-        return item | {"image": self.photos[epoch, self.partner(i, epoch)]["image"]}
+        photo = self.photos[epoch, self.partner(i, epoch)]
+        return super().__getitem__((epoch, i)) | {"image": photo["image"]}
 
 
 def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
@@ -1214,7 +1196,7 @@ def channels(cfg: Config) -> int:
 
     Pixels of unknown class have a channel of their own, where the data set has such pixels.
     """
-    return 1 if cfg.task != "labels" else class_table(cfg.classes).channels + cfg.edges
+    return 1 if cfg.task == "sketch" else class_table(cfg.classes).channels + cfg.edges
 
 
 def networks(cfg: Config) -> tuple[nn.Module, Discriminators | None, Segmenters | None]:
@@ -1224,7 +1206,7 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators | None, Segmenters 
     G's first feature is made for one size, that of training, which a checkpoint keeps as z_size: so
     it still fits when it is asked for images of another size.
     """
-    n, v1, sketch = channels(cfg), cfg.version == "V1", cfg.task != "labels"
+    n, v1, sketch = channels(cfg), cfg.version == "V1", cfg.task == "sketch"
     sizes = n, cfg.z_size or cfg.size, cfg.width, cfg.ups, cfg.noise
     if v1:
         generator = (ReleasedV1 if cfg.released else GeneratorV1)(
@@ -1269,7 +1251,9 @@ def trained(*nets: nn.Module | None) -> list[nn.Parameter]:
 
 
 def adam(cfg: Config, *nets: nn.Module | None) -> torch.optim.Optimizer:
-    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, cfg.betas, fused=True)
+    """Sec. 5.2 gives the betas with the kind of adversarial loss."""
+    betas = (0.0, 0.9) if cfg.gan == "hinge" else (0.5, 0.999)
+    optimiser = torch.optim.Adam(trained(*nets), cfg.lr, betas, fused=True)
     optimiser.register_step_pre_hook(average_gradients)
     return optimiser
 
@@ -1293,19 +1277,6 @@ def build(cfg: Config, device: torch.device) -> State:
     return state
 
 
-def sketch_of(image: Tensor) -> Tensor:
-    """An edge map (B, 1, H, W) of photos, ink -1 on paper 1, where no sketches are given. Ours.
-
-    The paper's shoes and handbags come with sketches. For other photos: Sobel's gradient of the
-    grey image, smoothed 3 x 3; the steepest eighth of the pixels is ink.
-    """
-    grey = F.avg_pool2d(F.pad(image.mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 3, 1)
-    sobel = grey.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])[None, None]
-    steep = F.conv2d(grey, sobel).square() + F.conv2d(grey, sobel.mT).square()
-    ink = steep > steep.flatten(1).quantile(7 / 8, 1)[:, None, None, None].clamp(min=1e-3)
-    return 1 - 2 * ink.float()
-
-
 def boundary_map(instance: Tensor) -> Tensor:
     """1 where the object differs from any of the four neighbours (pix2pixHD, Sec. 3.3, Fig. 4).
 
@@ -1327,8 +1298,8 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     release feeds. A sketch has one channel, ink -1, and its "label" (for S) says where the ink is.
     The mask is made here, at full size; every level of every D_i averages it to its own.
     """
-    if cfg.task != "labels":
-        m = sketch_of(batch["image"]) if "input" not in batch else batch["input"].mean(1, True)
+    if cfg.task == "sketch":
+        m = batch["input"].mean(1, True)
         return batch | {"input": m, "label": (m[:, 0] < 0).long()}
     m = F.one_hot(batch["label"], class_table(cfg.classes).channels).movedim(-1, 1).float()
     if cfg.edges:
@@ -1375,7 +1346,8 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
 
     The losses that are returned are without their lambdas: g_... are G's, d_... are D's.
     """
-    return (step_v1 if cfg.version == "V1" else step_v2)(state, batch, cfg)
+    step = step_v1 if cfg.version == "V1" else step_v2
+    return {name: loss.detach() for name, loss in step(state, batch, cfg).items()}
 
 
 def update_d(state: State, real: list[Judged], fake: list[Judged], blurred: list[Judged] | None,
@@ -1419,14 +1391,13 @@ def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     # net_1, G and S_i: they know no photo but through D. The fake verdicts serve twice, here for
     # G's gradient, below for D's; hence the graph is retained.
     losses = {"g_adv": generator_loss(fake, cfg.gan, w)}                     # Eq. (10)
-    objective = losses["g_adv"]
     if cfg.lambda_3:
         halved = [F.avg_pool2d(x, 2) for x in xs[:2]]                        # P_2(X_3), P_2(X_2)
         losses["g_con"] = consistency_loss(features[1:], perceive(state.vgg16, halved))
-        objective = objective + cfg.lambda_3 * losses["g_con"]
     if cfg.lambda_4:
         losses["g_seg"] = cycle_segmentation_loss(S(xs if cfg.pg else xs[:1]), batch["label"])
-        objective = objective + cfg.lambda_4 * losses["g_seg"]
+    objective = (losses["g_adv"] + cfg.lambda_3 * losses.get("g_con", 0.0)
+                 + cfg.lambda_4 * losses.get("g_seg", 0.0))
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(G, S), retain_graph=True)
     state.opt_g.step()
@@ -1438,8 +1409,7 @@ def step_v1(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     with parametrize.cached():                  # one D for both: its spectral norms, found once
         real = D(ys, perceive(state.vgg16, ys))
         blurred = D(softs, perceive(state.vgg16, softs)) if cfg.lambda_2 or cfg.ramp else None
-    losses |= update_d(state, real, fake, blurred, cfg, None, w)     # photos have no label: no mask
-    return {name: loss.detach() for name, loss in losses.items()}
+    return losses | update_d(state, real, fake, blurred, cfg, None, w)   # photos without a label
 
 
 def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
@@ -1464,17 +1434,16 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     xs = pyramid(G(z, m)[0], n, cfg)                                         # X_3, X_2, (X_1)
     fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
     losses = {"g_adv": generator_loss(fake, cfg.gan, w)}                     # Eq. (24)
-    objective = losses["g_adv"]
     if cfg.lambda_5:
         k = 1 if cfg.released else n
         weights = LAMBDA_M[::-1] if cfg.vgg == "random" else LAMBDA_M
         losses["g_vgg"] = perceptual_loss(perceive(state.vgg19, xs[:k]),
                                           perceive(state.vgg19, ys[:k]), weights)      # Eq. (28)
-        objective = objective + cfg.lambda_5 * losses["g_vgg"]
     if cfg.lambda_6:
         real = D(with_label(ys, ms), vgg_y)
         losses["g_fm"] = feature_matching_loss(fake, real, cfg.released)        # Eq. (29)
-        objective = objective + cfg.lambda_6 * losses["g_fm"]
+    objective = (losses["g_adv"] + cfg.lambda_5 * losses.get("g_vgg", 0.0)
+                 + cfg.lambda_6 * losses.get("g_fm", 0.0))
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward()
     state.opt_g.step()
@@ -1491,8 +1460,7 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
         blurs = cfg.lambda_2 or cfg.ramp
         blurred = D(with_label(softs, ms), perceive(state.vgg16, softs)) if blurs else None
-    losses |= update_d(state, real, fake, blurred, cfg, w, w)
-    return {name: loss.detach() for name, loss in losses.items()}
+    return losses | update_d(state, real, fake, blurred, cfg, w, w)
 
 
 def learning_rates(cfg: Config, epoch: int) -> tuple[float, float]:
@@ -1537,15 +1505,13 @@ def train(cfg: Config, stored: dict | None = None) -> Path:
 
 @torch.no_grad()
 def translate(generator: nn.Module, z: Tensor, m: Tensor) -> Tensor:
-    """X_3 for maps of any size: (B, noise), (B, N, H, W) -> (B, 3, H, W).
+    """X_3 for one map of any size: (1, noise), (1, N, H, W) -> (1, 3, H, W).
 
     Sides are mirrored up to the next multiple of 2^ups, at least two (of one pixel, a norm leaves
     nothing), and the result is cropped. One image at a time: none depends on its neighbours.
     """
-    height, width = m.shape[-2:]
-    padded = common.mirror_pad(m, generator.multiple, 2 * generator.multiple)
-    images = [generator(z[k:k + 1], padded[k:k + 1])[0] for k in range(len(m))]
-    return torch.cat(images)[..., :height, :width]
+    (height, width), multiple = m.shape[-2:], generator.multiple
+    return generator(z, common.mirror_pad(m, multiple, 2 * multiple))[0][..., :height, :width]
 
 
 def test_time(state: State, cfg: Config) -> nn.Module:
@@ -1556,10 +1522,9 @@ def test_time(state: State, cfg: Config) -> nn.Module:
     where batch norm is instance norm.
     A copy, since synchronised batch norm must not be entered by one process alone.
     """
-    source = state.generator
-    size = tuple(side * source.multiple for side in source.trained)      # cfg's may be another one
-    generator = networks(for_testing(replace(cfg, z_size=size)))[0]
-    generator.to(next(source.parameters()).device).load_state_dict(source.state_dict())
+    generator, _, _ = networks(for_testing(cfg))
+    generator.load_state_dict(state.generator.state_dict())
+    generator.to(next(state.generator.parameters()).device)
     for module in generator.modules():
         if isinstance(module, nn.BatchNorm2d) and cfg.test_norm == "image":
             module.running_mean = module.running_var = None     # it then asks the image itself
@@ -1588,7 +1553,7 @@ def output_of(generator: nn.Module, pair: dict, cfg: Config, k: int = 0) -> Tens
 
 def picture_of(pair: dict, cfg: Config) -> Tensor:
     """The input as a picture (B, 3, H, W): the labels' colours, or the sketch."""
-    if cfg.task != "labels":
+    if cfg.task == "sketch":
         return pair["input"].expand(-1, 3, -1, -1)
     return colour_label(pair["label"], class_table(cfg.classes))
 
@@ -1617,13 +1582,13 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     if cfg.samples > 1 and cfg.first == "label":
         raise UserError(f"--samples {cfg.samples}: this network has no noise, so one image is all")
     if cfg.input:
-        files = common.input_files(cfg.input, NEEDED.get(cfg.task, "A"),
+        files = common.input_files(cfg.input, "label" if cfg.task == "labels" else "A",
                                    cfg.instances if cfg.edges else None)
         items = common.Dataset(files=files, classes=cfg.classes, size=size,
                                understood=cfg.understood)
         common.notice_scale(items, cfg.understood, cfg.size)
     else:
-        items = dataset(cfg, "test").require(NEEDED.get(cfg.task))
+        items = dataset(cfg, "test").require("label" if cfg.task == "labels" else None)
     for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
         pair = test_pair(item, state, cfg)
         for k, path in enumerate(paths):
@@ -1654,9 +1619,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     Gaussian windows of 11 x 11, sigma 1.5, K = (0.01, 0.03); mean over windows and channels.
     """
     x, y = (x + 1) / 2, (y + 1) / 2             # brightness counts here, not differences alone
-    line = torch.exp(-(torch.arange(11.0, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (line[:, None] * line / line.sum() ** 2).to(x.dtype).expand(3, 1, 11, 11)
-    a, b, aa, bb, ab = (F.conv2d(t, window, groups=3) for t in (x, y, x * x, y * y, x * y))
+    a, b, aa, bb, ab = (gaussian_blur(t, 11, 1.5)[..., 5:-5, 5:-5]      # whole windows alone
+                        for t in (x, y, x * x, y * y, x * y))
     score = (2 * a * b + 0.01 ** 2) * (2 * (ab - a * b) + 0.03 ** 2)
     score = score / ((a * a + b * b + 0.01 ** 2) * (aa - a * a + bb - b * b + 0.03 ** 2))
     return score.flatten(1).mean(1)
@@ -1683,48 +1647,45 @@ def evaluate(cfg: Config, state: State) -> dict:
     where the photo of the label is known; a Frechet distance of VGG-16's features, in place of
     Inception's, to the test photos, or to photos of the training list where none are known.
     """
-    generator, out = test_time(state, cfg), Path(cfg.out)
+    generator, labels = test_time(state, cfg), cfg.task == "labels"
     device = next(generator.parameters()).device
-    test_set = dataset(cfg, "test").require(NEEDED.get(cfg.task))
+    test_set = dataset(cfg, "test").require("label" if labels else None)
     known = "image" in test_set[0]
     photos = test_set if known else dataset(cfg, "train", only=lists(cfg)[1])
     vgg = common.VGGFeatures(("relu5_3",), 16, cfg.vgg, width=vgg_width(cfg)).to(device)
-    scorer = None
-    if cfg.task == "labels":                    # trained once, and kept beside the runs
-        table, pairs = test_set.require_scored().table, dataset(cfg, "train", limit=0, jitter=False)
-        scorer = common.fcn_scorer(pairs, out.parent, device, cfg.vgg)
     features, confusion, pairwise = {"output": [], "truth": []}, {}, []
+    if labels:                                  # the scorer is trained once, and kept by the runs
+        table, pairs = test_set.require_scored().table, dataset(cfg, "train", limit=0, jitter=False)
+        scorer = common.fcn_scorer(pairs, Path(cfg.out).parent, device, cfg.vgg)
+        confusion = {"output": 0, "truth": 0} if known else {"output": 0}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair, photo = test_pair(test_set[i], state, cfg), photos[i % len(photos)]["image"]
         views = {"output": output_of(generator, pair, cfg), "truth": photo[None].to(device)}
-        if known:
-            pairwise.append([psnr(*views.values()).item(), ssim(*views.values()).item()])
+        pairwise.append([psnr(*views.values()).item(), ssim(*views.values()).item()])
         for row, view in views.items():
             features[row].append(vgg(view)["relu5_3"].mean((2, 3)).cpu())
-            if scorer and (known or row == "output"):
-                counts = common.confusion_matrix(scorer(view).argmax(1), pair["label"], table).cpu()
-                confusion[row] = confusion.get(row, 0) + counts
+        for row in confusion:
+            found = scorer(views[row]).argmax(1)
+            confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
     metrics = {"images": len(test_set),
                "VGG distance": frechet_distance(*map(torch.cat, features.values()))}
     if known:
         metrics["PSNR"], metrics["SSIM"] = torch.tensor(pairwise).mean(0).tolist()
     metrics |= {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
     report(metrics, cfg)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=2))
     return metrics
 
 
 def report(metrics: dict, cfg: Config) -> None:
     """The metrics as text beside the paper's rows. Its data and scorers are others, and its FID is
     Inception's: compare orderings alone."""
-    print(f"\n{metrics['images']} test images, Lab2Pix-{cfg.version} {cfg.ablation}")
-    for name in ("PSNR", "SSIM", "VGG distance"):
-        if name in metrics:
-            print(f"  {name:44}{metrics[name]:9.3f}")
-    rows = {name: metrics[name].values() for name in ("output", "truth") if name in metrics}
+    rows = {name: value.values() for name, value in metrics.items() if isinstance(value, dict)}
+    print(f"\nLab2Pix-{cfg.version} {cfg.ablation}: " + ", ".join(
+        f"{name} {value:.5g}" for name, value in metrics.items() if name not in rows))
     table = "u" if cfg.version == "V1" else "s"
     rows |= {f"paper, {row}": values for row, values in TABLE_1_2.items() if row[2] == table}
-    print(f"\n{'FCN-score, by our own scorer':47}{'PPA':>8}{'PCA':>9}{'C-IoU':>9}{'FID':>9}")
+    print(f"{'FCN-score, by our own scorer':47}{'PPA':>8}{'PCA':>9}{'C-IoU':>9}{'FID':>9}")
     for name, values in rows.items():
         print(f"  {name:44}" + "".join(f"{value:9.3f}" for value in values))
 
@@ -1966,12 +1927,11 @@ def run_folder(out: str, kind: str) -> str:
 class ReleasedBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, n: int, hidden: int = 128, eq5: bool = False):
         super().__init__()
-        self.norm_0, self.norm_1 = DGNorm(c_in, n, hidden), DGNorm(c_out, n, hidden)
+        self.norm_0, self.norm_1 = (DGNorm(c, n, hidden, norm=InstanceNorm) for c in (c_in, c_out))
         self.conv_0, self.conv_1 = (nn.Conv2d(c, c_out, 3, 1, 1) for c in (c_in, c_out))
         if c_in != c_out:
-            self.norm_s, self.conv_s = DGNorm(c_in, n, hidden), nn.Conv2d(c_in, c_out, 3, 1, 1)
-        for norm in (module for module in self.children() if isinstance(module, DGNorm)):
-            norm.norm = InstanceNorm(norm.norm.num_features)
+            self.norm_s = DGNorm(c_in, n, hidden, norm=InstanceNorm)
+            self.conv_s = nn.Conv2d(c_in, c_out, 3, 1, 1)
 
     def forward(self, d: Tensor, m: Tensor, h: None = None) -> Tensor:
         shortcut = self.conv_s(F.relu(self.norm_s(d, m))) if hasattr(self, "conv_s") else 0.0
@@ -2106,7 +2066,6 @@ def trace(cfg: Config) -> None:
     pair = make_pair(next(iter(loader)), cfg)
     common.trace_step({name: getattr(state, name) for name in NETWORKS},
                       lambda: train_step(state, pair, cfg))
-    print(f"on {device}")
 
 
 # From here on to the end it is word for word the same in the four scripts again.

@@ -273,9 +273,8 @@ class InstanceNorm(nn.GroupNorm):
         super().__init__(c, c, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and len(x) == 1:
-            return F.batch_norm(x, None, None, training=True, eps=self.eps)
-        return super().forward(x)
+        alone = x.is_cuda and len(x) == 1
+        return F.batch_norm(x, None, None, training=True) if alone else super().forward(x)
 
 
 def convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -359,8 +358,9 @@ class GlobalGenerator(nn.Module):
         return self.back(self.residual(self.front(s)))
 
 
-class LocalEnhancer(nn.Module):
-    """G2, or G3, ..., without its output layer (Sec. 3.2, Fig. 3).
+class LocalEnhancer(GlobalGenerator):
+    """G2, or G3, ..., without its output layer (Sec. 3.2, Fig. 3): the layers of a G1 with a single
+    halving, and a second input between them.
 
     s (B, c, H, W), below (B, 2 width, H/2, W/2)  ->  (B, width, H, W), after a ReLU.
 
@@ -368,13 +368,6 @@ class LocalEnhancer(nn.Module):
     the front-end makes of the labels, and the residual blocks work on the sum.
     arXiv: c7s1-32, d64, R64 x 3, u32, and c7s1-3 to come.
     """
-
-    def __init__(self, c_in: int, width: int = 32, blocks: int = 3, smooth: bool = False):
-        super().__init__()
-        self.front = nn.Sequential(*convolution(c_in, width, 7),                # (B, 32, H, W)
-                                   *convolution(width, 2 * width, stride=2))    # (B, 64, H/2, W/2)
-        self.residual = nn.Sequential(*(ResidualBlock(2 * width) for _ in range(blocks)))
-        self.back = nn.Sequential(*deconvolution(2 * width, width, smooth))     # (B, 32, H, W)
 
     def forward(self, s: Tensor, below: Tensor) -> Tensor:
         return self.back(self.residual(self.front(s) + below))
@@ -401,8 +394,9 @@ class Generator(nn.Module):
         super().__init__()
         self.downs = downs
         self.globe = GlobalGenerator(c_in, width, downs, blocks, smooth)    # "global" is a keyword
-        self.enhancers = nn.ModuleList(LocalEnhancer(c_in, width // 2 ** n, enhancer_blocks, smooth)
-                                       for n in range(1, enhancers + 1))
+        self.enhancers = nn.ModuleList(
+            LocalEnhancer(c_in, width // 2 ** n, 1, enhancer_blocks, smooth)
+            for n in range(1, enhancers + 1))
         self.output = output_layer(width // 2 ** enhancers, c_out)
         self.early_outputs = nn.ModuleList(output_layer(width // 2 ** n, c_out)
                                            for n in range(enhancers if early else 0))
@@ -883,20 +877,20 @@ def train_step(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     s, x = batch["input"], batch["image"]       # (B, c, H, W), (B, 3, H, W) in [-1, 1]
     z = [] if E is None else [style_of_photo(E, x, batch["region"], cfg)]
     x_hat = G(torch.cat([s, *z], 1))            # "we replace G(s) with G(s, E(x))"       Sec. 3.4
+    loss_vgg, vgg_term = None, 0.0
     if "VGG" in cfg.loss:                       # before D: see perceptual_term
         loss_vgg, vgg_term = perceptual_term(state.vgg, x, x_hat, cfg.vgg == "random")
     real, fake = D(s, x), D(s, x_hat)           # per scale: four hidden maps, prediction
     log = "log" in cfg.loss
 
     # G and E: the min in Eq. (4).
-    losses = {"g_gan": generator_loss(fake, log)}               # weight 1
-    objective = losses["g_gan"]
+    losses = {"g_gan": generator_loss(fake, log)}
     if "FM" in cfg.loss:
         losses["g_fm"] = feature_matching_loss(real, fake, cfg.released)
-        objective = objective + cfg.lambda_fm * losses["g_fm"]
     if "VGG" in cfg.loss:
         losses["g_vgg"] = loss_vgg
-        objective = objective + cfg.lambda_vgg * vgg_term
+    objective = (losses["g_gan"] + cfg.lambda_fm * losses.get("g_fm", 0.0)
+                 + cfg.lambda_vgg * vgg_term)
     state.opt_g.zero_grad(set_to_none=True)
     objective.backward(inputs=trained(G, E), retain_graph=True)     # D's loss needs the graph, too
 
@@ -1071,14 +1065,11 @@ def kmeans(points: Tensor, k: int, seed: int = 0) -> Tensor:
         chance = distances(centres).amin(1)
         new = torch.multinomial(chance / chance.max(), 1, generator=generator)
         centres = torch.cat([centres, points[new]])
-    for _ in range(100):
+    for _ in range(100):                        # long before the last, nothing moves any more
         owner = distances(centres).argmin(1)
         sums = torch.zeros_like(centres).index_add_(0, owner, points)
         sizes = owner.bincount(minlength=k)[:, None]
-        moved = torch.where(sizes > 0, sums / sizes, centres)           # one without points stays
-        if torch.equal(moved, centres):
-            break
-        centres = moved
+        centres = torch.where(sizes > 0, sums / sizes, centres)         # one without points stays
     return centres.float()
 
 
@@ -1579,8 +1570,7 @@ def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
     elif mode == "encode":
         keep_styles(cfg, state, Path(*(cfg.checkpoint[:1] or (cfg.out, "checkpoint.pt"))))
     else:
-        make = sample if mode == "sample" else edit
-        make(cfg, state, given.get("size"))
+        {"sample": sample, "edit": edit}[mode](cfg, state, given.get("size"))
 
 
 def trace(cfg: Config) -> None:
