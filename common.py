@@ -35,7 +35,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -132,12 +132,26 @@ def as_argument(f: Field) -> dict:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
     parts = get_args(kind)
-    words = {"type": parts[0] if parts else kind, "help": f.metadata["help"]}
+    words = {"type": functools.partial(as_value, f.name, parts[0] if parts else kind),
+             "help": f.metadata["help"]}
     if parts:
         words |= {"nargs": "+", "action": "extend"} if ... in parts else {"nargs": len(parts)}
     if isinstance(f.metadata["choices"], tuple):
         return words | {"choices": f.metadata["choices"]}
-    return words | {"metavar": words["type"].__name__.upper()}
+    return words | {"metavar": (parts[0] if parts else kind).__name__.upper()}
+
+
+def as_value(name: str, kind: type, word: str) -> str | float:
+    """A word of the command line as the value of a setting; 1e3 is a whole number, too."""
+    with contextlib.suppress(ValueError):
+        return kind(word)
+    with contextlib.suppress(ValueError):
+        if float(word).is_integer():
+            return int(float(word))
+    wanted = "a whole number" if kind is int else "a number"
+    if name == "gpu":
+        wanted = "a CUDA number, or -1 for the CPU; Apple GPUs are not supported"
+    raise UserError(f"{flag(name)} {word}: must be {wanted}")
 
 
 def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
@@ -403,6 +417,7 @@ LAYOUTS = [
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
     FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
     FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
+    FolderLayout("A and B folders", {"A": "A/*", "B": "B/*"}),
     FolderLayout("pix2pix pairs", {"pair": "{}/*"}),
     FolderLayout("photos", {"image": "{}/*"}),             # only where the task makes its own input
     FolderLayout("photos", {"image": "*"}),
@@ -907,8 +922,8 @@ class Dataset(torch.utils.data.Dataset):
                 colours = dict(zip(content.values.tolist(), content.colours.tolist())) | colours
         refuse_all(faults)
         n = len(table.names)
-        if self.data and min(self.pixels_of) >= n:
-            raise UserError(f"--data {self.data}: all pixels of {len(contents)} label maps are "
+        if self.data and not self.occurs(range(n)):
+            raise UserError(f"--data {self.data}: all pixels of {len(paths)} label maps are "
                             f"unknown (id {table.unknown}); there is nothing to learn")
         if self.pixels_of.keys() == {0, n} and n > 1:
             notice("only class 0 and unknown in the label maps: if these are masks of 0 and 255, "
@@ -931,10 +946,16 @@ class Dataset(torch.utils.data.Dataset):
     def require_scored(self) -> "Dataset":
         """Itself, if a class that counts occurs in its label maps: a score of none is no number."""
         scored = self.table.scored or range(len(self.table.names))
-        if self.pixels_of and not self.pixels_of.keys() & set(scored):
+        if self.pixels_of and not self.occurs(scored):
             raise UserError(f"--data {self.data}: no class that is scored occurs in its "
                             f"{self.split} split, read as --classes {self.classes}")
         return self
+
+    def occurs(self, ids: Sequence[int]) -> bool:
+        """Whether one of these is in a label map; if not in the sample, then all are read."""
+        table = class_table(self.classes)
+        return not self.pixels_of.keys().isdisjoint(ids) or any(
+            np.isin(read_label(files["label"], table), ids).any() for files in self.files)
 
     # What it gives.
 
@@ -1377,7 +1398,8 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             print(f"    {k:4} {[*table.names, 'unknown'][k][:22]:22} in {images_with[k]} images, "
                   f"{100 * pixels_of[k] / pixels_of.sum():.2f}% of all pixels")
         if pixels_of.any():
-            print(f"    classes never seen: {np.sum(pixels_of == 0)} of {len(pixels_of)}")
+            n = len(table.names)                 # unknown is none of them
+            print(f"    classes never seen: {np.sum(pixels_of[:n] == 0)} of {n}")
         for error in bad[:20]:
             print(f"    BAD {error}")
         total += len(bad)
