@@ -678,10 +678,13 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     has a map of the same name for each; "" is refused. None: no instances are needed.
     """
     root, there = Path(source), Path(instances or "")
-    found = find(root, "*", "", role) if root.is_dir() else {key_of(root, role): root}
-    if not found:
+    paths = [root] if not root.is_dir() else [
+        path for path in sorted(root.iterdir())
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not paths:
         raise UserError(f"--input {source}: a folder without images (folders in it are not read)")
-    paths = sorted(found.values())
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError(f"--input {source}: several files of one name; outputs are named by it")
     if instances is None:
         return [{role: path} for path in paths]
     if not instances or there.is_file() and root.is_dir():
@@ -797,7 +800,7 @@ class Dataset(torch.utils.data.Dataset):
                 notice("no test split: training examples stand in; scores say nothing of new data")
                 pairs = pair_up(root, self.layout, "train", only)
             if not pairs:
-                raise UserError(f"--data {data}: {self.layout.name}, but its {split} is empty")
+                raise UserError(f"--data {data}: {self.layout.name} with an empty {split} split")
             self.names = list(pairs)[:limit or None]
             self.files = [{role: path for role, path in pairs[name].items()
                            if role != "instance" or instances} for name in self.names]
@@ -1377,7 +1380,10 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             path = out / f"contact_{dataset.split}.png"
             save_images(torch.stack(tiles), path, nrow=4)
             print(f"    contact sheet: {path}")
-    refuse_all(bad)
+    for error in bad[:20]:
+        print(f"    BAD {error}")
+    if bad:
+        raise UserError(f"--data {datasets[0].data}: {len(bad)} bad file(s), listed above")
 
 
 def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
@@ -2417,7 +2423,7 @@ def segmentation_scores(confusion: Tensor) -> dict[str, float]:
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
     if not path.is_file():
-        why = "a folder; name a file in it" if path.is_dir() else "no such file"
+        why = "a folder; name a file, as checkpoint.pt" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {why}; {cure}")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
