@@ -35,7 +35,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -90,7 +90,7 @@ class Within:
         return f"{self.low} or more" if self.high == math.inf else f"{self.low}..{self.high}"
 
 
-COUNT, POSITIVE, SHARE = Within(0), Within(1), Within(0, 0.9999)
+COUNT, POSITIVE = Within(0), Within(1)
 
 
 def setting(default, text: str, choices: tuple | Within | dict | None = None,
@@ -131,13 +131,23 @@ def as_argument(f: Field) -> dict:
     kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type      # int | None: int
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": f.metadata["help"]}
-    parts = get_args(kind)
-    words = {"type": parts[0] if parts else kind, "help": f.metadata["help"]}
-    if parts:
-        words |= {"nargs": "+", "action": "extend"} if ... in parts else {"nargs": len(parts)}
+    kind, *more = get_args(kind) or (kind,)
+    words = {"type": functools.partial(as_value, f.name, kind), "help": f.metadata["help"]}
+    if more:
+        words |= {"nargs": "+", "action": "extend"} if more == [...] else {"nargs": 1 + len(more)}
     if isinstance(f.metadata["choices"], tuple):
         return words | {"choices": f.metadata["choices"]}
-    return words | {"metavar": words["type"].__name__.upper()}
+    return words | {"metavar": kind.__name__.upper()}
+
+
+def as_value(name: str, kind: type, word: str) -> str | float:
+    """A word of the command line as the value of a setting; argparse would name Python's types."""
+    with contextlib.suppress(ValueError):
+        return kind(word)
+    wanted = "a whole number, in digits" if kind is int else "a number"
+    if name == "gpu":
+        wanted = "a CUDA number, or -1 for the CPU; Apple GPUs are not supported"
+    raise UserError(f"{flag(name)} {word}: must be {wanted}")
 
 
 def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
@@ -162,8 +172,8 @@ def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
                 p.add_argument(flag(word), dest=f.name, help=f.metadata["help"], **how)
         else:
             p.add_argument(flag(f.name), **as_argument(f))
-    given, strange = p.parse_known_args(words)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
+    found, strange = p.parse_known_args(words)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(found).items()}
     mode = given.pop("mode")
     if strange:                                 # before the mode: its value stands there, perhaps
         raise UserError(f"{strange[0]}: no such flag; --help lists all")
@@ -266,11 +276,11 @@ class ClassTable:
         return np.concatenate([colours, black])
 
 
-def rows(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-    """'sky 70 130 180, road ...' -> names, colours. An underscore stands for a blank."""
-    cells = [row.split() for row in text.replace("\n", " ").split(",")]
-    colours = tuple(tuple(map(int, cell[1:])) for cell in cells)
-    return tuple(cell[0].replace("_", " ") for cell in cells), colours
+def rows(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """'sky 70 130 180, traffic light, ...' -> names, colours, wherever the lines break."""
+    cells = [cell.split() for cell in text.split(",")]
+    return (tuple(" ".join(word for word in cell if not word.isdigit()) for cell in cells),
+            tuple(tuple(int(word) for word in cell if word.isdigit()) for cell in cells))
 
 
 CITYSCAPES = torchvision.datasets.Cityscapes.classes       # by id; the licence plate is last, 34
@@ -281,7 +291,7 @@ CAMVID = rows("""sky 128 128 128, building 128 0 0, pole 192 192 128, road 128 6
 FACADES = rows("""background 0 0 170, facade 0 0 255, window 0 85 255, door 0 170 255,
     cornice 0 255 255, sill 85 255 170, balcony 170 255 85, blind 255 255 0, deco 255 170 0,
     molding 255 85 0, pillar 255 0 0, shop 170 0 0""")
-ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+ADE20K = rows("""wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
     sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting,
     sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp,
     bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
@@ -294,31 +304,27 @@ ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, gr
     pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step,
     tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
     hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
-    board, shower, radiator, glass, clock, flag"""
-COCO_THINGS = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
-    fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
-    elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie,
+    board, shower, radiator, glass, clock, flag""")[0]
+COCO_THINGS = rows("""person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic
+    light, fire hydrant, street sign, stop sign, parking meter, bench, bird, cat, dog, horse, sheep,
+    cow, elephant, bear, zebra, giraffe, hat, backpack, umbrella, shoe, eye glasses, handbag, tie,
     suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
     surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, spoon, bowl, banana,
     apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted
     plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote,
     keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase,
-    scissors, teddy bear, hair drier, toothbrush, hair brush"""
-COCO_STUFF = """banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard,
-    carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
-    desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile,
-    floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill,
-    house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper,
-    pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road,
-    rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs,
-    stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick,
-    wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other,
-    waterdrops, window-blind, window-other, wood"""
+    scissors, teddy bear, hair drier, toothbrush, hair brush""")[0]
+COCO_STUFF = rows("""banner, blanket, branch, bridge, building-other, bush, cabinet, cage,
+    cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard,
+    curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone,
+    floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel,
+    ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin,
+    net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad,
+    river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other,
+    stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
+    wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood,
+    water-other, waterdrops, window-blind, window-other, wood""")[0]
 
-
-def names(text: str) -> tuple[str, ...]:
-    """'wall, traffic light' -> names, wherever the lines break."""
-    return tuple(" ".join(name.split()) for name in text.split(","))
 
 
 STREETS = ("sky", "building", "vegetation", "road", "sidewalk", "terrain", "wall", "pole",
@@ -333,10 +339,9 @@ TABLES = {
         things=frozenset(c.name for c in TRAINED if c.has_instances), unknown=255),
     "camvid": ClassTable(*CAMVID, things=frozenset({"car", "pedestrian", "bicyclist"}), unknown=11),
     "facades": ClassTable(*FACADES, things=frozenset(["window", "door", "balcony"]), first=1),
-    "ade20k": ClassTable(names(ADE20K), unknown=0, first=1, things=frozenset(names(
-        "person, car, bus, truck, van, animal, bicycle, minibike, boat, airplane, chair"))),
-    "coco_stuff": ClassTable(names(COCO_THINGS) + names(COCO_STUFF),
-                             things=frozenset(names(COCO_THINGS)), unknown=255),
+    "ade20k": ClassTable(ADE20K, unknown=0, first=1, things=frozenset(rows(
+        "person, car, bus, truck, van, animal, bicycle, minibike, boat, airplane, chair")[0])),
+    "coco_stuff": ClassTable(COCO_THINGS + COCO_STUFF, things=frozenset(COCO_THINGS), unknown=255),
     "streets": ClassTable(STREETS, tuple({c.name: c.color for c in CITYSCAPES}[name]
                                          for name in STREETS), frozenset(STREETS[9:])),
 }
@@ -364,7 +369,7 @@ def class_id(name: str | int, table: ClassTable) -> int:
 
 # ----------------------------------------------------------------------------------- 3 Files
 
-ITEM_KEYS = ("label", "instance", "image", "input")
+IDS = ("label", "instance")                             # maps of ids; all other roles are photos
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 ARRAYS = {".npy", ".npz", ".mat", ".h5", ".exr", ".jp2", ".heic", ".avif", ".dcm"}  # not read
 # All that is ever opened, whatever a file is called: for some others Pillow starts a program.
@@ -403,6 +408,7 @@ LAYOUTS = [
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
     FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
     FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
+    FolderLayout("A and B folders", {"A": "A/*", "B": "B/*"}),
     FolderLayout("pix2pix pairs", {"pair": "{}/*"}),
     FolderLayout("photos", {"image": "{}/*"}),             # only where the task makes its own input
     FolderLayout("photos", {"image": "*"}),
@@ -450,18 +456,17 @@ def detect(root: Path, photos_only: bool) -> FolderLayout:
         role, first = next(iter(layout.roles.items()))
         if any(find(root, first, split, role) for split in (*layout.train, *layout.test)):
             return layout
-    inside = ", ".join(sorted(p.name + "/" * p.is_dir() for p in root.iterdir())[:8]) or "nothing"
     arrays = [path for path in root.rglob("*.*") if path.suffix.lower() in ARRAYS]
     if arrays:
         raise UserError(f"{arrays[0]}: {arrays[0].suffix} is not read; save as PNG")
     if find(root, "*", "", "image"):
-        raise UserError(f"--data {root}: photos only, in the folder itself: pix2pix.py --task "
-                        "colorization or inpainting can use them; pairs side by side belong into "
-                        "its train/")
+        raise UserError(f"--data {root}: photos only, for pix2pix.py --task colorization or "
+                        "inpainting; pairs side by side belong into its train/")
     looked = dict.fromkeys(next(iter(layout.roles.values())).replace("{}", "train")
                            for layout in LAYOUTS)
+    inside = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())[:8]
     raise UserError(f"--data {root}: no known layout; looked for {', '.join(looked)}; found "
-                    f"{inside}")
+                    + (", ".join(inside) or "nothing"))
 
 
 def pair_up(root: Path, layout: FolderLayout, split: str,
@@ -472,8 +477,7 @@ def pair_up(root: Path, layout: FolderLayout, split: str,
     if not globs:
         raise UserError(f"--data {root}: layout {layout.name} has no {only} files")
     first, has_splits = next(iter(globs)), "{}" in next(iter(globs.values()))
-    options = layout.train if split == "train" else layout.test
-    for option in options if has_splits else ("",):
+    for option in layout.train if split == "train" else layout.test:
         roles = {role: find(root, glob, option, role) for role, glob in globs.items()}
         if roles[first]:
             break
@@ -483,9 +487,8 @@ def pair_up(root: Path, layout: FolderLayout, split: str,
     for role, files in roles.items():
         missing = [key for key in keys if key not in files] if files else []
         if missing:
-            raise UserError(f"{roles[first][missing[0]]}: no {role} of the same name, in the same "
-                            f"letters (missing for {len(missing)} of {len(keys)}: "
-                            f"{', '.join(missing[:4])})")
+            raise UserError(f"{roles[first][missing[0]]}: no {role} of the same name and case "
+                            f"({len(missing)} of {len(keys)} lack one: {', '.join(missing[:4])})")
         extra = sorted(set(files) - set(roles[first]))
         if extra:
             notice(f"{len(extra)} {role} files without a {first} are left out: "
@@ -525,15 +528,14 @@ def opened(path: Path, role: str) -> Iterator[tuple[Image.Image, str]]:
                 kind += ";16"                   # Pillow would drop the lower eight
             elif stored in ("L;2", "L;4"):
                 kind = stored                   # Pillow would spread them over 0..255
-            bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 1
-            if role in ("label", "instance") and (image.format != "PNG" or kind not in MAPS):
-                raise UserError(f"{path}: {image.format} of kind {kind} is no {role} map: its ids "
-                                "may have changed; save as 8-bit grey PNG")
-            if kind not in GREY + COLOUR or bands > len(image.getbands()) or (
-                    kind == "RGB;16" and image.format != "PNG"):
-                raise UserError(f"{path}: {image.format} of kind {kind}, "
-                                f"{max(bands, len(image.getbands()))} bands: a part of it would be "
-                                "lost; save as PNG, grey or RGB")
+            bands, kinds, cure = len(image.getbands()), GREY + COLOUR, "PNG, grey or RGB"
+            stored_bands = image.tag_v2.get(277, bands) if image.format == "TIFF" else bands
+            if role in IDS:
+                kinds, cure = MAPS, "8-bit grey PNG"
+            if kind not in kinds or stored_bands > bands or image.format != "PNG" and (
+                    role in IDS or kind == "RGB;16"):
+                raise UserError(f"{path}: {image.format} of kind {kind}, {stored_bands} bands: as "
+                                f"{role} a part of it would be lost; save as {cure}")
             yield image, kind
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or str(error).partition(", could be")[0]
@@ -550,39 +552,38 @@ def read_header(path: Path, role: str) -> tuple[tuple[int, int], str, bytes]:
                 bytes(image.getpalette()) if kind == "P" else b"")
 
 
-def read_deep(path: Path) -> np.ndarray:
-    """The values of a photo of more than 8 bit, (H, W, 1 or 3)."""
+def read_photo(path: Path, grey: bool = False) -> np.ndarray:
+    """A photo's values (H, W, 1 or 3), uint8 if it has no more than 8 bit; transparency is laid on
+    white. grey: colours of 8 bit become grey."""
     with opened(path, "image") as (image, kind):
-        if kind != "RGB;16":
-            return np.asarray(ImageOps.exif_transpose(image))[..., None]
-        with Image.open(path) as low:           # Pillow reads the first byte of each two; of the
-            low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]   # other order, the second
-            return 256 * np.asarray(image, np.int64) + np.asarray(low)
+        if kind == "RGB;16":                    # Pillow reads the first byte of each two; of the
+            with Image.open(path) as low:       # other order, the second
+                low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]
+                return 256 * np.asarray(image, np.int64) + np.asarray(low)
+        if getattr(image, "is_animated", False):
+            notice(f"{path}: several images in one; only the first is used")
+        image = ImageOps.exif_transpose(image)
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+            notice("transparency is laid on white, in all photos that have it")
+            clear = image.convert("RGBA")
+            image = Image.new("RGBA", image.size, "white")
+            image.alpha_composite(clear)
+        if kind not in DEEP:
+            image = image.convert("L" if grey else "RGB")
+        return np.array(image).reshape(*image.size[::-1], -1)
 
 
 def read_image(path: Path, span: tuple[float, float] | None = None, grey: bool = False) -> Tensor:
-    """Any photo -> (3, H, W) uint8: grey is repeated, transparency laid on white.
+    """Any photo -> (3, H, W) uint8: grey is repeated.
 
     span: the values that become 0 and 255 where there are more than 8 bit; None takes the file's.
-    grey: colours become grey, too.
     """
-    with opened(path, "image") as (image, kind):
-        if kind in DEEP:
-            deep = read_deep(path).astype(np.float64)
-            low, high = span or (deep.min(), deep.max())
-            rgb = np.round(255 * ((deep - low) / max(high - low, 1e-12)).clip(0, 1))
-        else:
-            if getattr(image, "is_animated", False):
-                notice(f"{path}: several images in one; only the first is used")
-            image = ImageOps.exif_transpose(image)
-            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-                notice("transparency is laid on white, in all photos that have it")
-                clear = image.convert("RGBA")
-                image = Image.new("RGBA", image.size, "white")
-                image.alpha_composite(clear)
-            rgb = np.asarray(image.convert("L" if grey else "RGB"))
-    return torch.from_numpy(rgb.astype(np.uint8).reshape(*rgb.shape[:2], -1)).permute(
-        2, 0, 1).expand(3, -1, -1)
+    values = read_photo(path, grey)
+    if values.dtype != np.uint8:
+        low, high = span or (values.min(), values.max())
+        values = (values.astype(np.float64) - low) / max(high - low, 1e-12)
+        values = np.round(255 * values.clip(0, 1)).astype(np.uint8)
+    return torch.from_numpy(values).permute(2, 0, 1).expand(3, -1, -1)
 
 
 def read_ids(path: Path, role: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -689,7 +690,7 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     if not instances or there.is_file() and root.is_dir():
         raise UserError(f"--input {source}: this network needs instance maps, too; name the map, "
                         "or for a folder the folder of maps, with --instances")
-    maps = {key_of(path, role): path for path in there.iterdir()} if there.is_dir() else {}
+    maps = find(there, "*", "", "instance") if there.is_dir() else {}
     files = [{role: path, "instance": maps.get(key_of(path, role), there)} for path in paths]
     for each in files:
         if each["instance"].is_dir():
@@ -722,11 +723,9 @@ def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | N
 
 
 def made_here(path: Path) -> bool:
-    try:
-        with opened(path, "image") as (image, _):
-            return OURS in str(image.info)
-    except UserError:
-        return False
+    with contextlib.suppress(UserError), opened(path, "image") as (image, _):
+        return OURS in str(image.info)
+    return False
 
 
 def outputs(items: "Dataset", source: str, target: Path,
@@ -785,8 +784,8 @@ class Dataset(torch.utils.data.Dataset):
                  instances: bool = True, limit: int = 0, seed: int = 0, only: str = "",
                  files: list[dict[str, Path]] | None = None, understood: dict | None = None):
         self.data, self.split, self.size, self.seed, self.epoch = data, split, size, seed, 0
-        self.direction, self.cache, self.only, self.classes = direction, {}, only, classes
-        self.understood, self.found, self.pixels_of = dict(understood or {}), "", Counter()
+        self.direction, self.only, self.classes, self.found = direction, only, classes, ""
+        self.understood, self.pixels_of = dict(understood or {}), np.zeros(0, np.int64)
         if files is not None:
             self.layout, self.files = FolderLayout("files", dict.fromkeys(files[0], "")), files
             self.names = [next(iter(f.values())).stem for f in files]
@@ -801,8 +800,7 @@ class Dataset(torch.utils.data.Dataset):
                 notice("no test split: training examples stand in; scores say nothing of new data")
                 pairs = pair_up(root, self.layout, "train", only)
             if not pairs:
-                raise UserError(f"--data {data}: layout {self.layout.name}, but nothing in "
-                                f"its {split} split")
+                raise UserError(f"--data {data}: {self.layout.name} with an empty {split} split")
             self.names = list(pairs)[:limit or None]
             self.files = [{role: path for role, path in pairs[name].items()
                            if role != "instance" or instances} for name in self.names]
@@ -840,41 +838,36 @@ class Dataset(torch.utils.data.Dataset):
         """What all files say before their pixels: sizes, kinds, palettes. Then what a sample holds.
         """
         heads, faults = {role: {} for role in self.roles}, []
-        for i, files in enumerate(tqdm(self.files, "headers", disable=None, delay=2)):
-            try:
+        for files in tqdm(self.files, "headers", disable=None, delay=2):
+            with collected(faults):
                 here = {role: read_header(path, role) for role, path in files.items()}
-                self.compare_sizes(i, {role: size for role, (size, *_) in here.items()})
+                if len({size for size, *_ in here.values()}) > 1:
+                    raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
+                                    + ", ".join(f"{key} {here[key][0]}" for key in here))
                 for role, head in here.items():
                     heads[role][files[role]] = head
-            except UserError as error:
-                faults.append(error)
         refuse_all(faults)
         sizes = [size for size, *_ in next(iter(heads.values())).values()]
         self.sizes = Counter(sizes)
         self.understood.setdefault("file_size", [sorted(s)[len(s) // 2] for s in zip(*sizes)])
-        for role in sorted(self.roles & {"A", "B", "image", "pair"}):
+        for role in sorted(self.roles - {*IDS}):
             self.understand_photos(role, {path: kind for path, (_, kind, _) in heads[role].items()})
         if "label" in self.roles:
             self.understand_labels({stored: path for path, (*_, stored) in heads["label"].items()})
-
-    def compare_sizes(self, i: int, sizes: dict[str, tuple[int, int]]) -> None:
-        if len(set(sizes.values())) > 1:
-            raise UserError(f"{next(iter(self.files[i].values()))}: sizes differ (height, width): "
-                            + ", ".join(f"{key} {size}" for key, size in sizes.items()))
 
     def understand_photos(self, role: str, kinds: dict[Path, str]) -> None:
         """Two halves or one photo, grey or not, and the range of values of more than 8 bit."""
         some, deep = spread(list(kinds), 12), [path for path in kinds if kinds[path] in DEEP]
         if role == "pair" and not side_by_side(some):
-            raise UserError(f"{some[0]}: not two images side by side, by its look; if it is, put "
-                            "the halves into trainA/ and trainB/. Photos alone are for pix2pix.py "
-                            "--task colorization or inpainting")
+            raise UserError(f"{some[0]}: does not look like two images side by side: put halves "
+                            "into trainA/, trainB/; photos alone are for pix2pix.py --task "
+                            "colorization or inpainting")
         if 0 < len(deep) < len(kinds):
             raise UserError(f"{deep[0]}: more than 8 bit per pixel; {(kinds.keys() - deep).pop()} "
                             "has 8; save all alike")
         if any(key in self.understood for key in self.keys_of(role)):
             return
-        ends = [float(end) for v in map(read_deep, deep) for end in (v.min(), v.max())]
+        ends = [float(end) for v in map(read_photo, deep) for end in (v.min(), v.max())]
         span = [min(ends), max(ends)] if ends else None
         grey = set(kinds.values()) <= {*GREY} or role != "pair" and not deep and all(
             (photo == photo[:1]).all() for photo in map(read_image, some))
@@ -898,27 +891,23 @@ class Dataset(torch.utils.data.Dataset):
             self.classes = count_classes(contents)
         self.classes = self.classes or self.found
         table, colours = class_table(self.classes), dict(self.understood.get("colours", ()))
+        self.pixels_of = np.zeros(table.channels, np.int64)
         for content in contents:
-            try:
+            with collected(faults):
                 self.pixels_of += content.count(table)
-            except UserError as error:
-                faults.append(error)
             if content.palette is not None and not table.colours:
                 colours = dict(zip(content.values.tolist(), content.colours.tolist())) | colours
         refuse_all(faults)
         n = len(table.names)
-        if self.data and min(self.pixels_of) >= n:
-            raise UserError(f"--data {self.data}: all pixels of {len(contents)} label maps are "
-                            f"unknown (id {table.unknown}); there is nothing to learn")
-        if self.pixels_of.keys() == {0, n} and n > 1:
-            notice("only class 0 and unknown in the label maps: if these are masks of 0 and 255, "
-                   "divide by 255")
+        if self.data:
+            self.require_one(range(n), "known")
+        if np.flatnonzero(self.pixels_of).tolist() == [0, n] and n > 1:
+            notice("only class 0 and unknown in the label maps; divide masks of 0 and 255 by 255")
         for stored, path in palettes.items():
             palette = (np.frombuffer(stored, np.uint8).reshape(-1, 3) @ CODE).tolist()
             if any(palette[i] != colour for i, colour in colours.items() if i < len(palette)):
-                raise UserError(f"{path}: an index of its palette has another colour than in other "
-                                "files, so it means another class; save class ids as 8-bit grey "
-                                "PNG")
+                raise UserError(f"{path}: an index of its palette has another colour, so another "
+                                "class, than in other files; save class ids as 8-bit grey PNG")
         self.understood["colours"] = list(map(list, colours.items()))
 
     @property
@@ -930,11 +919,18 @@ class Dataset(torch.utils.data.Dataset):
 
     def require_scored(self) -> "Dataset":
         """Itself, if a class that counts occurs in its label maps: a score of none is no number."""
-        scored = self.table.scored or range(len(self.table.names))
-        if self.pixels_of and not self.pixels_of.keys() & set(scored):
-            raise UserError(f"--data {self.data}: no class that is scored occurs in its "
-                            f"{self.split} split, read as --classes {self.classes}")
+        if self.data and "label" in self.roles:
+            self.require_one(self.table.scored or range(len(self.table.names)), "scored")
         return self
+
+    def require_one(self, ids: Sequence[int], what: str) -> None:
+        """One of these is in a label map; if not in the sample, then all are read."""
+        table = class_table(self.classes)
+        if not self.pixels_of[list(ids)].any() and not any(
+                np.isin(read_label(files["label"], table), ids).any() for files in self.files):
+            raise UserError(f"--data {self.data}: no class that is {what} occurs in its "
+                            f"{self.split} label maps, read as --classes {self.classes}"
+                            + f" (unknown: id {table.unknown})" * (table.unknown is not None))
 
     # What it gives.
 
@@ -952,9 +948,8 @@ class Dataset(torch.utils.data.Dataset):
         """Itself, where it has files of this kind ("image" may be B, and both halves of a pair)."""
         kinds = {"A": {"A", "pair"}, "image": {"image", "B", "pair"}}.get(role, {role, None})
         if role and not kinds & self.roles:
-            raise UserError(f"--data {self.data}: layout {self.layout.name} has only "
-                            f"{', '.join(sorted(self.roles))} files in its {self.split} split, and "
-                            f"here {role} files are needed{cure and '; ' + cure}")
+            raise UserError(f"--data {self.data}: {role} files are needed, its {self.split} split "
+                            f"has only {', '.join(sorted(self.roles))}{cure and '; ' + cure}")
         return self
 
     def find_example(self, name: str) -> dict[str, Tensor | str]:
@@ -967,34 +962,28 @@ class Dataset(torch.utils.data.Dataset):
         """Example i, augmented as in self.epoch; or (epoch, i), which needs no other state."""
         epoch, i = index if isinstance(index, tuple) else (self.epoch, index)
         item, values = self.read(i), {}
-        ids = ("label", "instance")
-        for key in item.keys() & set(ITEM_KEYS):
-            value = item[key][None] if key in ids else item[key]
+        for key in item.keys() - {"name"}:
+            value = item[key][None] if key in IDS else item[key]
             if self.size:                        # exact: at pixel centres, as in the photos
                 value = v2.functional.resize(
-                    value, self.load_size, v2.InterpolationMode.NEAREST_EXACT if key in ids
+                    value, self.load_size, v2.InterpolationMode.NEAREST_EXACT if key in IDS
                     else v2.InterpolationMode.BICUBIC, antialias=True)
-            values[key] = tv_tensors.Mask(value) if key in ids else tv_tensors.Image(value)
+            values[key] = tv_tensors.Mask(value) if key in IDS else tv_tensors.Image(value)
         # The joint transform draws from torch's generator; seed it for this item, then put it back.
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(hash((self.seed, epoch, i)) % 2 ** 63)
         values = self.transform(values)
         torch.set_rng_state(state)
         return {"name": item["name"]} | {
-            key: value[0].long() if key in ids else value.float() / 127.5 - 1
+            key: value[0].long() if key in IDS else value.float() / 127.5 - 1
             for key, value in values.items()}
 
     def read(self, i: int) -> dict[str, Tensor | str]:
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
         item = {}
         if self.layout.name == "streets":
-            if len(self.cache) == 1000:
-                self.cache.clear()
-            if i not in self.cache:              # drawn once, at the size needed, and kept small
-                drawn = street(0, self.files[i], self.load_size or (256, 512))
-                self.cache[i] = (drawn["label"].astype(np.uint8),
-                                 drawn["instance"].astype(np.int32), drawn["image"])
-            label, instance, image = map(torch.from_numpy, self.cache[i])
+            label, instance, image = map(torch.from_numpy, drawn_street(
+                self.files[i], self.load_size or (256, 512)))
             parts = {"label": label.long(), "instance": instance.long(),
                      "image": image.permute(2, 0, 1).clone()}
             return {"name": self.names[i]} | {role: parts[role] for role in self.layout.roles}
@@ -1009,13 +998,28 @@ class Dataset(torch.utils.data.Dataset):
                 halves = photo.chunk(2, 2) if role == "pair" else (photo, photo)
                 for key in keys:                 # AtoB: the left one is the input
                     item[key] = halves[(key == "image") == (self.direction == "AtoB")]
-        self.compare_sizes(i, {key: tuple(part.shape[-2:]) for key, part in item.items()})
         return {"name": self.names[i]} | item
+
+
+@functools.lru_cache(1000)
+def drawn_street(index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Label, instance and image of a street, drawn once at the size needed, and kept small."""
+    drawn = street(0, index, size)
+    return drawn["label"].astype(np.uint8), drawn["instance"].astype(np.int32), drawn["image"]
 
 
 def spread(paths: list[Path], n: int) -> list[Path]:
     """n of them, from the first to the last."""
     return [paths[i * len(paths) // n] for i in range(n)] if len(paths) > n else paths
+
+
+@contextlib.contextmanager
+def collected(faults: list[UserError]) -> Iterator[None]:
+    """What is wrong with one of many files ends nothing yet: the others are looked at, too."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(error)
 
 
 def refuse_all(faults: list[UserError]) -> None:
@@ -1027,26 +1031,23 @@ def refuse_all(faults: list[UserError]) -> None:
 
 
 class LabelContent:
-    """What a label map holds: how many pixels have each value; a colour is r, g, b as one number.
-    """
+    """What a label map holds: its values, how many pixels have each, and their colours, as r, g, b
+    in one number, if it has some."""
 
     def __init__(self, path: Path):
         raw, self.palette = read_ids(path, "label")
         self.path, self.coloured = path, raw.ndim == 3
         counts = np.bincount((raw @ CODE if self.coloured else raw).ravel())
         self.values = np.flatnonzero(counts)
-        self.pixels_of = Counter(dict(zip(self.values.tolist(), counts[self.values].tolist())))
-        # The colours that occur, of colour and palette files.
-        self.colours = () if self.palette is None else self.palette[self.values] @ CODE
-        self.colours = self.values if self.coloured else self.colours
+        self.counts, self.colours = counts[self.values], self.values if self.coloured else ()
+        if self.palette is not None:
+            self.colours = self.palette[self.values] @ CODE
 
-    def count(self, table: ClassTable) -> Counter:
-        """How many pixels have each id, as the table reads them."""
+    def count(self, table: ClassTable) -> np.ndarray:
+        """How many pixels have each id (channels), as the table reads them."""
         stored = self.values[:, None] >> (16, 8, 0) & 255 if self.coloured else self.values
-        ids, pixels_of = to_ids(self.path, stored[None], self.palette, table)[0], Counter()
-        for k, n in zip(ids.tolist(), self.pixels_of.values()):
-            pixels_of[k] += n
-        return pixels_of
+        ids = to_ids(self.path, stored[None], self.palette, table)[0]
+        return np.bincount(ids, self.counts, table.channels).astype(np.int64)
 
 
 def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
@@ -1068,44 +1069,43 @@ def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
                 return name
     if not suggested:
         return ""
-    n, pixels_of, strange = len(TABLES[suggested].names), Counter(), 0
+    table, strange = TABLES[suggested], []
+    n, pixels_of = len(table.names), np.zeros(table.channels)
     for content in contents:
-        try:
-            pixels_of += content.count(TABLES[suggested])
-        except UserError:
-            strange += 1
-    ids = sorted(pixels_of.keys() - {n})
-    if cityscapes and ids and ids[-1] < 19:     # no vegetation, sky or car in any of them
+        with collected(strange):
+            pixels_of += content.count(table)
+    ids = np.flatnonzero(pixels_of[:n])
+    if cityscapes and len(ids) and ids[-1] < 19:     # no vegetation, sky or car in any of them
         return "cityscapes_train"
-    if not ids or 10 * strange > len(contents) or ids[-1] - ids[0] + 1 == len(ids) < n:
+    if not len(ids) or 10 * len(strange) > len(contents) or np.ptp(ids) + 1 == len(ids) < n:
         return ""
     # Names of folders are weak evidence: as many ids as real files have, and as high; of streets,
     # some street.
     enough = len(ids) >= min(n / 2, 4 + 2 * len(contents)) and ids[-1] >= n // 3
     if suggested == "cityscapes":
-        enough = cityscapes or 4 * sum(pixels_of[k] for k in (7, 11, 21, 23)) > pixels_of.total()
+        enough = cityscapes or 4 * pixels_of[[7, 11, 21, 23]].sum() > pixels_of.sum()
     return suggested if enough else ""
 
 
 def count_classes(contents: list[LabelContent]) -> str:
     """Where nothing says it: one more than the highest id, if the ids can be meant as classes."""
-    path, pixels_of = contents[0].path, Counter()
+    path, pixels_of = contents[0].path, np.zeros(65536)
     for content in contents:
         if content.coloured:
             raise UserError(f"{content.path}: a colour label map, in the palette of no known data "
                             "set; save class ids as 8-bit grey PNG")
-        pixels_of += content.pixels_of
-    most = max(pixels_of)
-    if pixels_of.keys() == {0, most} and most in (255, 65535):
-        raise UserError(f"{path}: 0 and {most} only: a mask; divide it by {most}")
-    ids = pixels_of.keys() - {65535}
-    ids -= {255} if max(ids, default=0) == 255 else set()     # unknown, in files of 8 bit
-    n = max(ids, default=0) + 1
-    soft = n > 100 and 2 * (pixels_of[0] + pixels_of[255]) > pixels_of.total()     # a soft mask
+        pixels_of[content.values] += content.counts
+    ids = np.flatnonzero(pixels_of)
+    if len(ids) == 2 and ids[0] == 0 and ids[1] in (255, 65535):
+        raise UserError(f"{path}: 0 and {ids[1]} only: a mask; divide it by {ids[1]}")
+    ids = ids[ids < 65535]
+    if len(ids) and ids[-1] == 255:             # unknown, in files of 8 bit
+        ids = ids[:-1]
+    n = int(max(ids, default=0)) + 1
+    soft = n > 100 and 2 * (pixels_of[0] + pixels_of[255]) > pixels_of.sum()       # a soft mask
     if n > 10 and 2 * len(ids) < n or soft:
         raise UserError(f"{path}: {len(ids)} of the ids 0..{n - 1} occur, hardly ids of classes: "
-                        "renumber them from 0 (a mask: 0 and 1), or, if they are, say --classes "
-                        f"{n}")
+                        f"renumber them from 0 (a mask: 0 and 1), or say --classes {n}")
     return str(n)
 
 
@@ -1211,9 +1211,8 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
                 raise
-            raise UserError(f"--workers {self.batches.num_workers}: a data process was ended from "
-                            "outside, by a lack of memory or of /dev/shm perhaps; --workers 0 "
-                            "needs none")
+            raise UserError(f"--workers {self.batches.num_workers}: a data process was ended, by a "
+                            "lack of memory or of /dev/shm perhaps; --workers 0 needs none")
 
     def speed(self) -> dict[str, str]:
         """Images per second, and the share of time spent waiting for them, since the last call."""
@@ -1240,9 +1239,8 @@ class Loader:
 def same_classes(dataset: Dataset, trained: str) -> None:
     """Refuses data whose contents are other classes than the checkpoint's: an id means another."""
     if dataset.found not in ("", trained):
-        raise UserError(f"--data {dataset.data}: its labels are those of {dataset.found}, the "
-                        f"checkpoint's of {trained or 'none'}; if the ids mean the same, say "
-                        f"--classes {trained}")
+        raise UserError(f"--data {dataset.data}: labels of {dataset.found}, the checkpoint's of "
+                        f"{trained or 'none'}; if ids mean the same, say --classes {trained}")
 
 
 def notice_scale(items: Dataset, trained: dict, size: tuple[int, int]) -> None:
@@ -1334,8 +1332,8 @@ def describe(*datasets: Dataset) -> None:
             lines += [f"{key}: {'grey' if grey else 'colour'}, " + (
                 "{:g}..{:g} scaled to 0..255".format(*span) if span else "8 bit")]
         if "label" in items.roles:
-            names, known = items.table.names, sorted(items.pixels_of)
-            known = [names[k] for k in known if k < len(names)]
+            names = items.table.names
+            known = [name for name, n in zip(names, items.pixels_of) if n]
             lines += [f"taken as {items.classes}: {len(names)} classes; --classes says otherwise",
                       f"{len(known)} of them in a sample: " + ", ".join(known[:12])]
         print("\n".join(f"       {line}" for line in lines))
@@ -1352,24 +1350,21 @@ def thumbnails(item: dict, table: ClassTable | None) -> list[Tensor]:
 
 def check_data(datasets: list[Dataset], out: Path) -> None:
     """The `check` mode: reads every example as stored; a report per split and a contact sheet."""
-    total = 0
+    bad = []
     for dataset in datasets:
         describe(dataset)
-        table, bad, tiles, colours = dataset.table, [], [], []
+        table, tiles, colours = dataset.table, [], []
         pixels_of, images_with = np.zeros((2, table.channels if table else 1), np.int64)
         for i in tqdm(range(len(dataset)), dataset.split, unit="example", disable=None):
-            try:
+            with collected(bad):
                 item = dataset.read(i)
-            except UserError as error:
-                bad.append(error)
-                continue
-            if "label" in item:
-                count = np.bincount(item["label"].flatten(), minlength=len(pixels_of))
-                pixels_of, images_with = pixels_of + count, images_with + (count > 0)
-            if "image" in item:
-                colours.append(item["image"].float().mean((1, 2)))
-            if len(tiles) < 16:
-                tiles += thumbnails(item, table)
+                if "label" in item:
+                    count = np.bincount(item["label"].flatten(), minlength=len(pixels_of))
+                    pixels_of, images_with = pixels_of + count, images_with + (count > 0)
+                if "image" in item:
+                    colours.append(item["image"].float().mean((1, 2)))
+                if len(tiles) < 16:
+                    tiles += thumbnails(item, table)
         if colours:
             mean = torch.stack(colours).mean(0).tolist()
             print("    average colour of the photos " + " ".join(f"{v:.0f}" for v in mean))
@@ -1377,18 +1372,18 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             print(f"    {k:4} {[*table.names, 'unknown'][k][:22]:22} in {images_with[k]} images, "
                   f"{100 * pixels_of[k] / pixels_of.sum():.2f}% of all pixels")
         if pixels_of.any():
-            print(f"    classes never seen: {np.sum(pixels_of == 0)} of {len(pixels_of)}")
-        for error in bad[:20]:
-            print(f"    BAD {error}")
-        total += len(bad)
+            n = len(table.names)                 # unknown is none of them
+            print(f"    classes never seen: {np.sum(pixels_of[:n] == 0)} of {n}")
         if tiles:
             width = max(t.shape[-1] for t in tiles)
             tiles = [F.pad(t, (0, width - t.shape[-1]), value=1) for t in tiles]
             path = out / f"contact_{dataset.split}.png"
             save_images(torch.stack(tiles), path, nrow=4)
             print(f"    contact sheet: {path}")
-    if total:
-        raise UserError(f"--data {datasets[0].data}: {total} bad file(s), listed above")
+    for error in bad[:20]:
+        print(f"    BAD {error}")
+    if bad:
+        raise UserError(f"--data {datasets[0].data}: {len(bad)} bad file(s), listed above")
 
 
 def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
@@ -1444,47 +1439,38 @@ PALETTE_RGB = {  # three shades of facade; roofs; awnings and doors
     "cream": [(.93, .81, .56), (.95, .88, .72), (.90, .74, .50), (.56, .33, .22), (.86, .62, .18)],
     "slate": [(.31, .46, .63), (.40, .54, .69), (.25, .41, .60), (.19, .25, .34), (.10, .40, .58)]}
 
-# Material: class, albedo, share covered when it snows, light from the sky, light from the sun.
-MATERIALS = {
-    "sky": ("sky", (0, 0, 0), 0, 0, 0), "star": ("sky", (0, 0, 0), 0, 0, 0),
-    "asphalt": ("road", (.36, .36, .38), .55, 1, 1), "mark": ("road", (.90, .89, .84), .2, 1, 1),
-    "kerb": ("sidewalk", (.74, .73, .70), .6, 1, 1),
-    "slab": ("sidewalk", (.66, .61, .55), .85, 1, 1),
-    "grass": ("terrain", (.36, .50, .17), .9, 1, 1),
-    "facade": ("building", (.6, .6, .6), .06, 1, 1),
-    "trim": ("building", (.86, .84, .79), .4, 1, 1),
-    "pane": ("building", (.20, .25, .31), 0, 1, .5),
-    "lit": ("building", (.22, .26, .31), 0, 1, .5),
-    "shop": ("building", (.26, .29, .32), 0, 1, .5), "door": ("building", (.26, .17, .12), 0, 1, 1),
-    "awning": ("building", (.72, .30, .22), .7, 1, 1),
-    "gable": ("building", (.6, .6, .6), .06, .8, .45),
-    "roof": ("building", (.33, .29, .31), .92, 1.15, 1),
-    "far": ("building", (.6, .6, .6), .1, 1, .6),
-    "leaf": ("vegetation", (.27, .43, .13), .62, 1, 1),
-    "trunk": ("vegetation", (.30, .22, .16), .15, .8, .6),
-    "masonry": ("wall", (.62, .56, .50), .35, .95, 1),
-    "steel": ("pole", (.30, .32, .33), .1, 1, .7), "bulb": ("pole", (.85, .84, .80), .3, 1, .7),
-    "white": ("traffic sign", (.93, .93, .93), .1, 1, .8),
-    "red": ("traffic sign", (.80, .08, .09), .1, 1, .8),
-    "signal": ("traffic sign", (.08, .26, .70), .1, 1, .8),
-    "skin": ("person", (.78, .56, .43), 0, 1, .7), "hair": ("person", (.22, .15, .11), .3, 1, .7),
-    "coat": ("person", (.50, .27, .30), .1, 1, .7), "coat2": ("person", (.27, .36, .47), .1, 1, .7),
-    "jeans": ("person", (.17, .20, .30), 0, .9, .6),
-    "body": ("car", (1, 1, 1), .05, 1, .6),
-    "side": ("car", (.85, .85, .85), .05, .9, .5),
-    "top": ("car", (1.08, 1.08, 1.08), .30, 1.15, 1),
-    "glass": ("car", (.10, .13, .16), .1, 1.1, .6),
-    "tyre": ("car", (.07, .07, .08), 0, .8, .4), "rim": ("car", (.55, .56, .58), 0, .9, .6),
-    "bumper": ("car", (.20, .20, .21), .1, .9, .6), "plate": ("car", (.92, .92, .86), 0, 1, .7),
-    "head": ("car", (.88, .90, .90), 0, 1, .8), "tail": ("car", (.70, .06, .05), 0, 1, .8)}
-M = {name: k for k, name in enumerate(MATERIALS)}    # numbers of materials; then the columns
-M_CLASS = np.array([CLASS_ID[m[0]] for m in MATERIALS.values()])
-M_RGB = np.array([m[1] for m in MATERIALS.values()], np.float32)
-M_SNOW = np.array([m[2] for m in MATERIALS.values()], np.float32)[:, None]
-M_SKY, M_SUN = (np.array([m[k] for m in MATERIALS.values()], np.float32) for k in (3, 4))
+# Classes and their materials: albedo, share covered when it snows, light from the sky and the sun.
+MATERIALS = """
+    sky           sky 0 0 0 0 0 0, star 0 0 0 0 0 0
+    road          asphalt .36 .36 .38 .55 1 1, mark .90 .89 .84 .2 1 1
+    sidewalk      kerb .74 .73 .70 .6 1 1, slab .66 .61 .55 .85 1 1
+    terrain       grass .36 .50 .17 .9 1 1
+    building      facade .6 .6 .6 .06 1 1, trim .86 .84 .79 .4 1 1, pane .20 .25 .31 0 1 .5
+    building      lit .22 .26 .31 0 1 .5, shop .26 .29 .32 0 1 .5, door .26 .17 .12 0 1 1
+    building      awning .72 .30 .22 .7 1 1, gable .6 .6 .6 .06 .8 .45, roof .33 .29 .31 .92 1.15 1
+    building      far .6 .6 .6 .1 1 .6
+    vegetation    leaf .27 .43 .13 .62 1 1, trunk .30 .22 .16 .15 .8 .6
+    wall          masonry .62 .56 .50 .35 .95 1
+    pole          steel .30 .32 .33 .1 1 .7, bulb .85 .84 .80 .3 1 .7
+    traffic_sign  white .93 .93 .93 .1 1 .8, red .80 .08 .09 .1 1 .8, signal .08 .26 .70 .1 1 .8
+    person        skin .78 .56 .43 0 1 .7, hair .22 .15 .11 .3 1 .7, coat .50 .27 .30 .1 1 .7
+    person        coat2 .27 .36 .47 .1 1 .7, jeans .17 .20 .30 0 .9 .6
+    car           body 1 1 1 .05 1 .6, side .85 .85 .85 .05 .9 .5, top 1.08 1.08 1.08 .30 1.15 1
+    car           glass .10 .13 .16 .1 1.1 .6, tyre .07 .07 .08 0 .8 .4, rim .55 .56 .58 0 .9 .6
+    car           bumper .20 .20 .21 .1 .9 .6, plate .92 .92 .86 0 1 .7
+    car           head .88 .90 .90 0 1 .8, tail .70 .06 .05 0 1 .8"""
+M, m_class, m_light = {}, [], []          # numbers of materials; then columns, a row per material
+for line in MATERIALS.strip().splitlines():
+    of, materials = line.split(maxsplit=1)
+    for name, *light in map(str.split, materials.split(",")):
+        M[name] = len(M)
+        m_class.append(CLASS_ID[of.replace("_", " ")])
+        m_light.append(light)
+M_CLASS = np.array(m_class)
+M_RGB, M_SNOW, M_SKY, M_SUN = np.split(np.array(m_light, np.float32), (3, 4, 5), 1)
 GLOW = {"lit": (.95, .66, .30), "shop": (.80, .66, .42), "bulb": (1, .86, .55),
         "head": (1, .97, .85), "tail": (.85, .05, .04)}  # what shines by itself after sunset
-M_GLOW = np.array([GLOW.get(name, (0, 0, 0)) for name in MATERIALS], np.float32)
+M_GLOW = np.array([GLOW.get(name, (0, 0, 0)) for name in M], np.float32)
 
 # Rows of each table: light of the sky, of the sun, of the street lamps; sky at the zenith, sky at
 # the horizon, clouds.
@@ -1973,7 +1959,7 @@ class Layout:
         self.object, self.material = code.ravel() >> 6, (code.ravel() & 63).astype(np.uint8)
         self.z = self.table[1][self.object]
         self.tone = np.ones(h * w, np.float32)
-        self.sun, self.sky = M_SUN[self.material], M_SKY[self.material]
+        self.sun, self.sky = M_SUN[self.material, 0], M_SKY[self.material, 0]
         self.lay_ground(cast, contact)
         self.lay_facades()
         self.lay_leaves()
@@ -1999,8 +1985,7 @@ class Layout:
 
     def where(self, *names) -> np.ndarray:
         """Flat indices of the samples of these materials."""
-        found = [self.material == M[name] for name in names]
-        return np.flatnonzero(functools.reduce(np.logical_or, found))
+        return np.flatnonzero(np.isin(self.material, [M[name] for name in names]))
 
     def lay_ground(self, cast, contact) -> None:
         """Road and footpath, with the shadow that the houses on the sun's side throw."""
@@ -2031,8 +2016,8 @@ class Layout:
         self.material[f] = np.where(plain, self.material[f], kind)
         tone[plain] = 1 + .10 * grit(z[plain] * 30, y[plain] * 60 + 4000, .4)
         self.tone[f], shaded = tone, side[o] == scene.sun
-        self.sun[f] = M_SUN[self.material[f]] * ~shaded
-        self.sky[f] = M_SKY[self.material[f]] * (.82 + .18 * np.clip(y / 6, 0, 1))
+        self.sun[f] = M_SUN[self.material[f], 0] * ~shaded
+        self.sky[f] = M_SKY[self.material[f], 0] * (.82 + .18 * np.clip(y / 6, 0, 1))
         self.sky[f] *= np.where(shaded, .92, 1)
         f = self.where("gable")  # faces the camera
         self.z[f] = near[self.object[f]]
@@ -2250,8 +2235,7 @@ def vgg_weights(trunk: nn.Sequential, values: list[Tensor]) -> None:
                     nn.init.zeros_(module.bias)
     for p, value in zip(trunk.parameters(), values):
         if p.shape != value.shape:
-            raise UserError(f"--vgg: a weight of shape {tuple(value.shape)}, expected "
-                            f"{tuple(p.shape)}; use torchvision's VGG-16")
+            raise UserError(f"--vgg: a weight {[*value.shape]}, not {[*p.shape]}; use VGG-16")
         p.data.copy_(value)
 
 
@@ -2440,11 +2424,9 @@ def segmentation_scores(confusion: Tensor) -> dict[str, float]:
 
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file in it, like {path / 'checkpoint.pt'}; "
-                        f"{cure}")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {cure}")
+    if not path.is_file():
+        why = "a folder; name a file, as checkpoint.pt" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {why}; {cure}")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # pickle, zip and eof errors share no narrower class

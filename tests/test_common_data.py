@@ -1,15 +1,17 @@
-"""common.py, rooms 2 to 5: class tables, files, Dataset and the data doctor.
+"""common.py, rooms 1 to 5: numbers typed, class tables, files, Dataset and the data doctor.
 
 Every file is written by the test. The number of an example is written into its pixels, so a wrong
 pair is seen by its values, whatever the files are called. The rules are DESIGN's, section 5.
 """
 
+import contextlib
 import io
 import itertools
 import os
 import random
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,27 @@ def palette_png(ids: np.ndarray, colours: np.ndarray | None = None) -> Image.Ima
     image.putpalette([(7 * i + 3 * c) % 256 for i in range(256) for c in range(3)]
                      if colours is None else np.asarray(colours).ravel().tolist())
     return image
+
+
+# ----------------------------------------------------------------------------------- settings
+
+@dataclass
+class Config:
+    gpu: int | None = common.setting(None, "which")
+    size: tuple[int, int] = common.setting((1, 1), "how large")
+    lr: float = common.setting(0.1, "how fast")
+
+
+@pytest.mark.parametrize("line, value", [
+    ("--gpu mps", "a CUDA number, or -1 for the CPU; Apple GPUs are not supported"),
+    ("--gpu -1", -1), ("--size 2.5 3", "--size 2.5: must be a whole number, in digits"),
+    ("--size 1e3 3", "whole number"), ("--lr 1e-3", 0.001), ("--lr fast", "fast: must be a "),
+    ("--gpu 12345678901234567890", 12345678901234567890)])
+def test_numbers_are_taken_as_typed_or_refused_in_plain_words(line, value):
+    words = line.split()
+    with refused(words[0], value) if isinstance(value, str) else contextlib.nullcontext():
+        given = common.parse(words, Config, "name", ("train",), "")[1]
+        assert given == {words[0].strip("-"): value}
 
 
 # ------------------------------------------------------------------------------- class tables
@@ -140,11 +163,14 @@ CASES = {  # layout: classes, {role: path}, raw label of example k, names of the
     "unpaired": ("", {"A": "{s}A/{k}.jpg", "B": "{s}B/{k}.png"}, 0, ("train", "test"), "n{}"),
     "A and B folders": ("", {"A": "A/{s}/{k}.jpg", "B": "B/{s}/{k}.png"}, 0, ("train", "val"),
                         "n{}"),
+    "A and B folders, no splits": ("", {"A": "A/{k}_A.jpg", "B": "B/{k}_B.png"}, 0, ("", ""),
+                                   "n{}"),
     "pix2pix pairs": ("", {"pair": "{s}/{k}.jpg"}, 0, ("train", "val"), "{}"),
 }
 
 
-NAMED = {"pix2pixHD Cityscapes": "pix2pixHD", "SPADE COCO-Stuff": "pix2pixHD"}   # by their files
+NAMED = {"pix2pixHD Cityscapes": "pix2pixHD", "SPADE COCO-Stuff": "pix2pixHD",   # by their files
+         "A and B folders, no splits": "A and B folders"}
 USUAL = {"cityscapes": STREET, "camvid": [*range(5, 11)], "facades": [*range(5, 12)],
          "coco_stuff": [*range(95, 182, 6)], "ade20k": [*range(20, 140, 8)]}
 
@@ -645,6 +671,19 @@ def test_numbers_that_mean_nothing_are_said_or_refused(tmp_path, capsys):
         Dataset(root).require_scored()
 
 
+@pytest.mark.parametrize("others, last, scored", [([0, 1, 4], [0, 26], True), ([0], [0, 1], False)])
+def test_all_label_maps_are_read_before_a_set_is_refused(others, last, scored, tmp_path,
+                                                         monkeypatch):
+    monkeypatch.setattr(Dataset, "SAMPLE", 2)                  # the last is none of them
+    root = label_set(tmp_path / "a", [*spots(others), *spots(last, 1)], CITYSCAPES_NAMES)
+    dataset = Dataset(root, classes="cityscapes")
+    with contextlib.nullcontext() if scored else refused("no class that is scored"):
+        assert dataset.require_scored() is dataset
+    with refused(tmp_path, "no class that is known", "unknown: id 255"):
+        Dataset(label_set(tmp_path / "b", [grey(255)] * 7), classes="2")
+    assert Dataset(label_set(tmp_path / "b", [grey(255)] * 6 + [grey(1)]), classes="2")
+
+
 # ----------------------------------------------- rule 3: photos keep what they hold, or are refused
 
 def test_grey_photos_are_repeated_and_a_set_of_them_is_grey(tmp_path):
@@ -789,9 +828,6 @@ def test_another_scale_at_test_time_is_said(files, size, inputs, words, tmp_path
         assert not capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------- faults of a dataset
-
-
 # ----------------------------------------------------------------------------- a user's files
 
 
@@ -930,7 +966,7 @@ def test_check_data_counts_like_numpy_and_lists_what_only_reading_all_shows(tmp_
     with refused(tmp_path, "1 bad file(s)"):
         common.check_data([dataset], tmp_path / "out")
     text, ids = capsys.readouterr().out, np.stack(maps[:7] + maps[8:])
-    for word in ("layout CamVid", "10 examples", "32x32 (10)", "8x8", "never seen: 4 of 12",
+    for word in ("layout CamVid", "10 examples", "32x32 (10)", "8x8", "never seen: 4 of 11",
                  "BAD " + str(bad), "average colour", "7 of them", "building"):
         assert word in text
     rows = re.findall(r"^ +(\d+) (\S+) +in (\d+) images, ([\d.]+)% of all pixels$", text, re.M)
