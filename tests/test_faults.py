@@ -451,7 +451,6 @@ crn("needs noise, which a CRN has not", ("train with (--model imle)",
     f"{T} {{0}} ; interpolate --out r"), ([CRN_RUN], "interpolate --out o"))
 crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([image("x/a.png",
     ids()), image("x/b.png", ids(64, 64))], f"transfer {RUN} --input x --output o"))
-lab("--ups {}: must be", (r"(--ups) \d+: must be (\d)", "{line} {0} {1}"), f"{T} --ups 3")
 lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
 lab("--ups {}: must be", (r"(--ups) \d+: must be (\d)", "{line} {0} {1}"), f"{C} --ups 3")
 lab("--task {}: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
