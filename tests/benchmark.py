@@ -1,9 +1,9 @@
-"""How fast, how large, how well fed: times each script's `train_step`; asserts nothing.
+"""How fast, how large: times each script's `train_step`; asserts nothing.
 
     python tests/benchmark.py                     the small configurations; on a GPU the papers' own
     python tests/benchmark.py toy pix2pixhd       a group, or one by name; --list names them
     python tests/benchmark.py paper --gpu 0 --precision bf16 --compile
-    python tests/benchmark.py data --data DIR     the loader, and how long training waits for it
+    python tests/benchmark.py data --data DIR     the loader: images per second
     python tests/benchmark.py yardstick RUN...    how good runs' pictures are, by the streets' law
     python tests/benchmark.py small data --quick     on tiny networks: does it run?
 
@@ -260,24 +260,6 @@ def loader_speed(data: str, size: tuple[int, int], workers: int, n: int) -> list
     return speeds
 
 
-def wait_share(name: str, data: str, workers: int, options: argparse.Namespace) -> tuple:
-    """images/s and the share of waiting, from the last 20 of 40 steps by the toy preset."""
-    torch.set_num_threads(options.threads)
-    script = importlib.import_module(name)
-    settings = script.PRESETS["toy"] | dict(data=data, workers=workers, vgg="random",
-                                            steps=2 if options.quick else 40, gpu=options.gpu)
-    if options.quick:
-        settings |= tiny(script)
-    if name == "crn_imle":
-        settings |= dict(pool=4)                            # a short search
-    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO())):
-        script.train(replace(script.Config(), out=folder, **settings))
-        names, *_, last = Path(folder, "log.csv").read_text().splitlines()
-    row = dict(zip(names.split(","), last.split(",")))
-    return float(row["images/s"]), f"{float(row['wait']):.0%}"
-
-
 def data_tables(options: argparse.Namespace) -> None:
     sources = {Path(options.data).name: options.data} if options.data else {}
     sources |= {} if options.quick and sources else {"streets": ""}         # their drawing is slow
@@ -288,12 +270,6 @@ def data_tables(options: argparse.Namespace) -> None:
             n = 2 if options.quick else n
             speeds = [alone(loader_speed, data, size, workers, n) for workers in (0, 1, 2)]
             line(name, "{}x{}".format(*size), *(speed for some in speeds for speed in some))
-    print("\nTraining by the toy presets: images per second, and the share of time spent waiting.")
-    line("data", "script", "0 workers", "waits", "2 workers", "waits")
-    for name, data in sources.items():
-        for script in ("pix2pix", "pix2pixhd", "crn_imle", "lab2pix"):
-            line(name, script, *alone(wait_share, script, data, 0, options),
-                 *alone(wait_share, script, data, 2, options))
 
 
 # ------------------------------------------------------------------------------------ yardstick

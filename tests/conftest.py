@@ -231,13 +231,17 @@ test_line.__test__ = False
 
 def fails(name: str, line: str, *words) -> str:
     """The call must end as a user's mistake: exit code 2 and one line that has these words."""
-    ended, script = as_user(name, line), name.partition("-")[0]
+    said = mistake(as_user(name, line), name, line)
+    for word in words:
+        assert str(word) in said, f"{line}: {word!r} is not in: {said}"
+    return said
+
+
+def mistake(ended: Ended, name: str, line: str) -> str:
+    script, lines = name.partition("-")[0], ended.err.splitlines()
     assert ended.code == 2, f"{line}: exit code or error {ended.code}"
-    lines = ended.err.splitlines()
     assert len(lines) == 1, f"{line}: {len(lines)} lines on stderr, the last {lines[-1:]}"
     assert ended.err.startswith(f"{script}.py: error: "), ended.err
-    for word in words:
-        assert str(word) in ended.err, f"{line}: {word!r} is not in: {ended.err}"
     return ended.err
 
 

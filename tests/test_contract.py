@@ -25,9 +25,6 @@ from conftest import (
 
 import common
 
-# A choice that a checkpoint fixes, as trained, and another one.
-FLAG = {"crn_imle": ("model", "imle", "crn"), "lab2pix": ("gan", "hinge", "vanilla"),
-        "pix2pix": ("loss", "L1+cGAN", "L1"), "pix2pixhd": ("loss", "GAN+FM", "GAN")}
 pytestmark = pytest.mark.usefixtures(
     "draw_each_street_once", "steps_take_a_second", "no_plots", "small_scorer")
 each_row = pytest.mark.parametrize("row", ROWS)            # the larger versions with --all alone
@@ -41,7 +38,7 @@ quick_first = pytest.mark.parametrize("row", [
 # -------------------------------------------------------------------------------- What a script is
 
 # Lines of code: today's numbers. The design's goal: 620, 940, 860, 1000, and 1380 in common.py.
-LINES = {"pix2pix": 689, "pix2pixhd": 1017, "crn_imle": 898, "lab2pix": 1223, "common": 1809}
+LINES = {"pix2pix": 689, "pix2pixhd": 1006, "crn_imle": 898, "lab2pix": 1192, "common": 1786}
 SETTINGS = {"pix2pix": 35, "pix2pixhd": 45, "crn_imle": 42, "lab2pix": 52}
 ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Evaluation",
          "7 The run", "8 Command line and the authors' files"]
@@ -425,33 +422,6 @@ def test_resume_in_another_memory_order_is_exact(row):
         assert_same_state("a", "b")
 
 
-@quick_first
-def test_resume_in_fresh_processes_is_exact(row, runs):
-    for step in (3, 5, 6):
-        more = "--resume" if Path("r").exists() else TINY[row]
-        life = lives(row, f"{more} --steps {step} --out r")
-        assert life.code == 0, life.err
-    assert_same_state("r", runs(row), log=False)
-
-
-@each_script
-def test_what_is_refused_changes_nothing(name, runs):
-    """A folder that holds a run, contradicting flags (both values are quoted), a finished run."""
-    run, (flag, value, other) = runs(name), FLAG[name]
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    fails(name, f"{TINY[name]} --steps 9 --out {run}", run, "--resume")
-    for words, trained in (("--width 64", stored(run)["config"]["width"]), ("--lr 0.1", "0.0"),
-                           (f"--{flag} {other}", value)):
-        fails(name, f"--resume --out {run} --steps 9 {words}", words, trained, run)
-    for mode in ("sample", "evaluate"):
-        fails(name, f"{mode} --out {run} --{flag} {other}", f"--{flag} {other}", value, run)
-    fails(name, f"--resume --out {run} --steps 6", "step 6", "--steps")
-    preset = next(iter(script_of(name).PRESETS))
-    fails(name, f"--resume --out {run} --steps 9 --preset {preset}", f"--preset {preset}")
-    works(name, f"sample --out {run} --{flag} {value} --limit 1 --output o --samples 1")
-    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-
-
 @each_script
 def test_the_settings_of_a_call_are_not_taken_from_a_checkpoint(name, runs):
     """What was said in one call, or forged into a file, decides nothing in the next."""
@@ -474,8 +444,8 @@ def test_the_settings_of_a_call_are_not_taken_from_a_checkpoint(name, runs):
 @each_row
 def test_init_starts_anew_from_the_weights(row, runs):
     """Fine-tuning: the networks as in the file, Adam and the counters from nothing."""
-    seen, run = [], runs(row) / "checkpoint.pt"
-    script = script_of(row)
+    seen, script = [], script_of(row)
+    shutil.copy(runs(row) / "checkpoint.pt", "weights.pt")
     step = script.train_step
 
     def spy(state, batch, cfg):
@@ -485,19 +455,15 @@ def test_init_starts_anew_from_the_weights(row, runs):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "train_step", spy)
-        works(row, f"{TINY[row]} --steps 1 --out tuned --seed 3 --init {run}")
+        works(row, f"{TINY[row]} --steps 1 --out tuned --seed 3 --init weights.pt")
     assert not seen[0][0] and place("tuned")[0] == 1
     moving = ("num_batches_tracked", "running_mean", "running_var", "._u", "._v")
-    weights = stored(run.parent)["generator"]
+    weights = stored(runs(row))["generator"]
     assert_same({k: v for k, v in seen[0][1].items() if not k.endswith(moving)},
                 {k: v for k, v in weights.items() if not k.endswith(moving)})
-    run.rename(moved := run.with_name("moved.pt"))         # resuming reads it no more
-    try:
-        works(row, "--resume --steps 2 --out tuned")
-        works(row, "sample --limit 1 --out tuned --samples 1")
-    finally:
-        moved.rename(run)
-    fails(row, f"{TINY[row]} --steps 1 --width 64 --out x --init {run}", run, "generator", "size")
+    Path("weights.pt").unlink()                            # resuming reads it no more
+    works(row, "--resume --steps 2 --out tuned")
+    works(row, "sample --limit 1 --out tuned --samples 1")
 
 
 # --------------------------------------------------------------------------------------- Test time

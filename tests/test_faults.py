@@ -1,52 +1,74 @@
 """What goes wrong, through the command line, for every script that it concerns.
 
-First a table of bad input: a title, what is spoiled in the working folder, the command, and the
-words that the one line of error must have in it: the file, the flag, the cure. Before each the
+First a table: what an error says, what cures it, and ways to provoke it. Before each the working
 folder holds `data/`, a sound data set with instance maps, and `run/`, a run of two steps. After
-each: exit code 2, one line, no traceback, and every file that was there is there unchanged.
+each: exit code 2, one line, no traceback, and every file that was there is there unchanged. Then
+the cure that the line names, a command, a flag, a value or a file, is done, and all is well. A test
+looks into the sources for what is said there and stands in no row.
 
-Then what is named as a cure is done; and what ends a run, or spoils it, must lose nothing.
+Then what ends a run, or spoils it, must lose nothing.
 """
 
+import ast
+import contextlib
 import functools
 import io
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
 import signal
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    NAMES, ROWS, TINY, Trap, as_user, assert_same_state, fails, lives, place, png, save, script_of,
-    stored, works)
+    NAMES, ROWS, SCORER, TINY, Trap, as_user, assert_same_state, count, fails, lives, mistake,
+    place, png, save, script_of, stored, works)
 from PIL import Image
 
 import common
+import crn_imle
+import pix2pix
+import pix2pixhd
 
 WITH_INSTANCES = ("lab2pix", "pix2pixhd")                 # the others do not read these files
-WITH_PAIRS = ("pix2pix", "pix2pixhd")                     # lab2pix: V1 alone
 WITH_VGG = ("crn_imle", "lab2pix")
+WITH_SCORES = ("lab2pix", "pix2pix", "pix2pixhd")
+HD, CRN, LAB, PIX = ("pix2pixhd",), ("crn_imle",), ("lab2pix",), ("pix2pix",)
 T = "{train} --data data --steps 1 --out r"
+X = "{train} --data x --steps 1 --out r"
+C = "check --data data --out doctor"
 RUN = "--checkpoint run/checkpoint.pt --gpu -1"
 ON = "--resume --out run --steps 9"
-BAD, CURES = {}, {}                # title: (what is spoiled, command, words, scripts)
+FAULTS = []                        # (what is said, its cure, what is spoiled, command, words, whom)
 pytestmark = pytest.mark.usefixtures(
     "draw_each_street_once", "steps_take_a_second", "no_plots", "small_scorer")
 each_row = pytest.mark.parametrize("row", ROWS)
 each_script = pytest.mark.parametrize("name", NAMES)
 
 
-def bad(title: str, spoil, line: str, *words: str, only: tuple[str, ...] = NAMES) -> None:
-    assert title not in BAD, title
-    BAD[title] = spoil, line, words, only
+def faults(says: str, cure, *cases, only: tuple[str, ...] = NAMES) -> None:
+    """says: a part of the text in the source, {} for what is filled in; of two parts, as "a|b", one
+    is said.
+
+    cure: a regular expression, sought in what was said; and the command that works, in which {0}
+    is its first group, and {line} the old command; or a function of the groups that mends files, so
+    that the old command works. A command alone, or a function, needs nothing from the text.
+    cases: a command; or, in a tuple, what is spoiled before it, and words that must be said, too.
+    """
+    cure = cure if isinstance(cure, tuple) else ("", cure)
+    for case in cases:
+        case = case if isinstance(case, tuple) else (case,)
+        spoil, line, *words = ((), *case) if len(case) < 2 or isinstance(case[0], str) else case
+        FAULTS.append((says, (*cure, "{line} {0}")[:2], spoil, line, words, only))
+
+
+pix, hd, crn, lab = (functools.partial(faults, only=name) for name in (PIX, HD, CRN, LAB))
 
 
 # ---------------------------------------------------------- What may be done to a file or a folder
@@ -76,14 +98,6 @@ def moved(a: str, b: str):
     return spoil
 
 
-def all_of(*spoils):
-    return lambda: [spoil() for spoil in spoils]
-
-
-def nothing():
-    pass
-
-
 def photo(h: int = 40, w: int = 48, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
 
@@ -94,7 +108,13 @@ def ids(h: int = 40, w: int = 48, kind: type = np.uint8, first: int = 0) -> np.n
     return blocks[np.arange(h)[:, None] * 3 // h, np.arange(w) * 4 // w].astype(kind)
 
 
-def sound(root: Path | str) -> Path:
+def in_palette(shift: int) -> Image.Image:
+    made = Image.fromarray(ids())
+    made.putpalette(range(shift, shift + 48))
+    return made
+
+
+def sound(root: Path | str = "data") -> Path:
     """Five examples to train on and two to test, in pix2pixHD's layout."""
     for split, n in (("train", 5), ("test", 2)):
         for i in range(n):
@@ -104,8 +124,24 @@ def sound(root: Path | str) -> Path:
     return Path(root)
 
 
+def as_png(path: str) -> None:
+    """A file saved as PNG: ids in 8 bit of grey, and photos in 8 bit of colour."""
+    Path(path).unlink()
+    save(Path(path).with_suffix(".png"), photo() if "img" in path else ids())
+
+
+def labels(change):
+    """All label maps of the data set changed."""
+    return lambda: [save(path, change(np.array(Image.open(path))).astype(np.uint8))
+                    for path in Path("data").glob("*_label/*.png")]
+
+
+def photos(w: int, *folders: str):
+    return [image(f"x/{folder}/{i}.png", photo(32, w, i)) for folder in folders for i in range(3)]
+
+
 def cityscapes(label: np.ndarray = ids()) -> None:
-    for split, i in (("train", 0), ("train", 1), ("val", 0)):
+    for split, i in (*(("train", i) for i in range(5)), ("val", 0)):
         for kind in ("labelIds", "instanceIds"):
             save(f"city/gtFine/{split}/a/{i}_gtFine_{kind}.png", label)
         save(f"city/leftImg8bit/{split}/a/{i}_leftImg8bit.png", photo())
@@ -126,40 +162,50 @@ def half(path: str, target: str = ""):
         Path(path).read_bytes()[:Path(path).stat().st_size // 2])
 
 
-# ---------------------------------------------------------------------------- Bad: data and files
+# -------------------------------------------------------------------------------- Faults: data
 
-for title, spoil, name, *words in (
-        ("is a file", put("x", "hello"), "x"), ("is an empty folder", put("x/.DS_Store"), "x"),
-        ("is of no known layout", all_of(image("x/one/a.png", photo()), put("x/readme.md")), "x",
-         "one/", "readme.md"),
-        ("is one level too deep", nothing, "data/train_img"),
-        ("is one level too high", moved("data", "x/data"), "x", "data/"),
-        ("is missing", nothing, "x"),
-        ("is an empty shell variable", nothing, "''")):
-    bad(f"--data {title}", spoil, f"{{train}} --data {name}", f"--data {name}".strip("' "), *words)
+FILE = r"error: (\S+): "                                   # with which an error begins
+again = lambda *_: sound()
+faults("not a folder|no such folder", T, (put("x", "hello"), X, "--data x"), (X, "--data x"))
+faults("no known layout; looked for", (r"--data (\S+): .* train_label/\*", sound),
+       (put("x/.DS_Store"), X), ([image("x/one/a.png", photo()), put("x/readme.md")], X, "one/",
+       "readme.md"), (moved("data", "x/data"), X, "data/"))
+pix("photos only, in the folder itself", ("(--task colorization)",),
+    "{train} --data data/train_img --steps 1 --out r")
+pix("photos only, in the folder itself", (r"--data (\S+): .* belong into its (train)/", lambda data,
+    split: moved(data, f"y/{split}")() or moved("y", data)()), (photos(64, "."),
+    f"{X} --task pairs"))
+faults("is not read; save as PNG", (FILE, as_png), ([put("x/train_label/0.npy"),
+       image("x/train_img/0.png", photo())], "check --data x --out o"))
+faults("and here {} files are needed", again, (gone("data/*_img"), T, "--data data", "image"))
+lab("and here {} files are needed", again, (gone("data/test_inst"), T, "--data data", "instance"))
+faults("and here {} files are needed", T, (photos(64, "train", "test"), X, "--data x", "label"),
+       only=("crn_imle", "lab2pix"))
+pix("another --task may do without", ("(--task)", "{line} {0} pairs"), (photos(64, "train", "test"),
+    f"{X} --task photo2labels"))
+hd("train with --no-boundary", (r"(--no-boundary) \(and (--pool label)", "{line} {0} {1}"),
+   (gone("data/test_inst"), T, "--data data", "instance"))
+hd("has no label maps with objects", (r"(--features 0)",), (photos(64, "train", "test"), X,
+   "--data x"))
+faults("no {} of the same name", again, (gone("data/train_img/4.png"), T, "data/train_label/4.png",
+       "image", "1 of 5"), (gone("data/test_img/1.png"), T, "data/test_label/1.png", "image"))
+faults("no {} of the same name", again, (gone("data/train_inst/1.png"), T,
+       "data/train_label/1.png"), only=WITH_INSTANCES)
+for cure in (lambda path: Path(path).unlink(), lambda path: Path(path).rename("data/new.png")):
+    faults("the same example as", (FILE, cure), (image("data/train_img/0.jpg", photo()), T,
+           "data/train_img/0.png"))
+faults("but nothing in its {} split", again, (gone("data/train_*"), T, "--data data", "train"))
+faults("sizes differ (height, width)", again, (image("data/train_img/1.png", photo(40, 47)), T,
+       "train_", "1.png", "47", "48"))
+pix("has no B in its {} split", "{line} --direction AtoB", (photos(32, "trainA", "trainB", "testA"),
+    f"{X} --task pairs --direction BtoA"))
+pix("not two images side by side", ("(--task colorization)",), (photos(63, "train", "test"), X))
+pix("not two images side by side", (r"halves into (trainA)/ and (trainB)/",
+    lambda *halves: [do(photos(32, half)) for half in halves]), (photos(63, "train"),
+    f"{X} --task pairs"))
 
-for title, spoil, *words in (
-        ("labels whose photos were never copied", gone("data/*_img"), "--data data", "image"),
-        ("a copy that stopped half way", gone("data/train_img/4.png"), "data/train_label/4.png",
-         "image", "1 of 5"),
-        ("two photos of one name", image("data/train_img/0.jpg", photo()), "data/train_img/0.png",
-         "rename"),
-        ("no training split", gone("data/train_*"), "--data data", "train"),
-        ("a photo of the test split is missing", gone("data/test_img/1.png"),
-         "data/test_label/1.png", "image"),
-        ("a photo of another size", image("data/train_img/1.png", photo(40, 47)), "train_",
-         "1.png", "47", "48")):
-    bad(title, spoil, T, *words)
-for title, spoil, *words in (
-        ("an instance map is missing", gone("data/train_inst/1.png"), "data/train_label/1.png"),
-        ("instance maps for training alone", gone("data/test_inst"), "--data data", "instance")):
-    bad(title, spoil, T, *words, only=WITH_INSTANCES)
-bad("pairs where label maps are needed", all_of(*(image(f"x/{split}/{i}.png", photo(32, 64))
-    for split in ("train", "test") for i in range(3))), "{train} --data x", "--data x", "label",
-    only=("crn_imle", "lab2pix"))
-
-def encoded(kind: str) -> bytes:
-    Image.fromarray(photo()).save(buffer := io.BytesIO(), kind)
+def encoded(kind: str, mode: str = "RGB") -> bytes:
+    Image.fromarray(photo()).convert(mode).save(buffer := io.BytesIO(), kind)
     return buffer.getvalue()
 
 
@@ -168,143 +214,288 @@ BROKEN = {
     "half a PNG": encoded("PNG")[:2000], "half a JPEG": encoded("JPEG")[:900],
     "a bomb": png(60000, 60000, 8, 2, bytes(99)), "a pickle": pickle.dumps(Trap()),
     "a program in PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\nshowpage\n"}
-for title, content in BROKEN.items():
+for content in BROKEN.values():
     for kind, only in (("img", NAMES), ("label", NAMES), ("inst", WITH_INSTANCES)):
-        bad(f"{kind} that is {title}", put(f"data/train_{kind}/0.png", content), T,
-            f"data/train_{kind}/0.png", only=only)
-bad("a label map that is a JPEG", all_of(gone("data/train_label/0.png"), image(
-    "data/train_label/0.jpg", ids())), T, "data/train_label/0", "PNG")
-bad("the doctor finds half a photo", put("data/train_img/4.png", BROKEN["half a PNG"]),
-    "check --data data --out doctor", "--data data")
+        faults("save it as PNG, or download it again|save as 8-bit grey PNG", (FILE, as_png), (
+            put(f"data/train_{kind}/0.png", content), T, f"data/train_{kind}/0.png"), only=only)
+faults("bad file(s), listed above", (r"BAD (\S+): ", as_png), (put("data/train_img/4.png",
+       BROKEN["half a PNG"]), C, "--data data"))
+faults("a part of it would be lost; save as PNG", (FILE, as_png), ([gone("data/train_img/0.png"),
+       put("data/train_img/0.jpg", encoded("JPEG", "CMYK"))], T, "data/train_img/0.jpg"))
+faults("more than 8 bit per pixel", (FILE, as_png), (image("data/train_img/0.png",
+       ids(kind=np.uint16, first=999)), T, "data/train_img/0.png"))
+faults("map: its ids may have changed; save as 8-bit grey PNG", (FILE, as_png),
+       ([gone("data/train_label/0.png"), image("data/train_label/0.jpg", ids())], T))
+faults("colours are not in the dataset's palette", (FILE, as_png), (image("data/train_label/0.png",
+       photo()), f"{C} --classes cityscapes"))
+faults("a colour label map, in the palette of no known", (FILE, as_png),
+       (image("data/train_label/0.png", photo()), T))
+faults("has another colour than in other files", (FILE, as_png),
+       ([image(f"data/train_label/{i}.png", in_palette(i)) for i in (0, 1)], T))
+faults("a mask; divide it by", (r"divide it by (\d+)", lambda n: labels(lambda x: x // int(n))()),
+       (labels(lambda x: 255 * (x > 5)), T))
+faults("masks of 0 and 255, divide by 255", (r"divide by (\d+)",
+       lambda n: labels(lambda x: x // int(n))()), (labels(lambda x: 255 * (x > 5)),
+       f"{C} --classes 12"))
+faults("occur, hardly ids of classes", (r"(--classes \d+)",), (labels(lambda x: 9 * x), T))
+faults("occur, hardly ids of classes", (r"renumber them from (0)", again), (labels(lambda x: 9 * x),
+       T))
+faults("correct the file or", (r"(--classes \d+)",), f"{T} --classes 3")
+faults("correct the file or", (FILE, as_png), (image("data/train_label/3.png",
+       ids(first=5)), f"{T} --classes 12"))
+faults("there is nothing to learn", again, (labels(lambda x: 0 * x + 255), f"{C} --classes 12"))
+faults("neither a number nor one of", (r"one of (\w+)", "{line} --classes {0}"), f"{C} --classes x")
+faults("if the ids mean the same, say", (r"(--classes \d+)",), (cityscapes,
+       f"sample {RUN} --data city --output o --limit 1 --samples 1", "city", "12"), (cityscapes,
+       f"{ON} --data city", "city", "12"))
+CITY = "{train} --data city --steps 1 --out c --classes"
+faults("no class that is scored occurs", ("read as (--classes)", f"{CITY} 12 --out d ; "
+       f"evaluate --out d {SCORER}"), ([lambda: cityscapes(ids() // 2), f"{CITY} cityscapes"],
+       f"evaluate --out c {SCORER}"), only=WITH_SCORES)
+faults("is of a class that is scored, so that scores", ("--classes", lambda: common.
+       segmentation_scores(torch.eye(2))), lambda: common.segmentation_scores(torch.zeros(2, 2)))
+faults("the streets need at least", (r"least (\d+) x (\d+)", "{line} --size {0} {1}"),
+       "check --size 16 16 --limit 2 --out o")
+faults("the streets have classes of their own", "check --limit 2 --out o",
+       "check --classes 9 --limit 2 --out o")
 
-# ------------------------------------------------------------------------------ Bad: checkpoints
+# ------------------------------------------------------------------------------ Faults: checkpoints
 
-for title, make, *words in (
-        ("a folder", put("x.pt/a"), "checkpoint.pt"), ("missing", nothing),
-        ("a log", put("x.pt", "step,loss\n1,2\n")), ("of no bytes", put("x.pt")),
-        ("cut in half", half("run/checkpoint.pt", "x.pt")),
-        ("of another script", changed("x.pt", script="pix2pixxl"), "pix2pixxl"),
-        ("in the old format that runs code", put("x.pt", pickle.dumps({"script": Trap()}, 2))),
-        ("in the new format that runs code", changed("x.pt", place=Trap())),
-        ("a list", saved([1, 2], "x.pt")), ("of another project", saved(
-            {"epoch": 3, "state_dict": {}}, "x.pt")),
-        ("without the network", changed("x.pt", generator=None)),
-        ("with the weights of another width", changed("x.pt", config={"width": 64})),
-        ("of a newer version", changed("x.pt", config={"frobnicate": 1}), "version", "--init")):
-    bad(f"a checkpoint that is {title}", make, "sample --checkpoint x.pt --gpu -1", "x.pt", *words)
-    if title in ("missing", "cut in half", "in the new format that runs code",
-                 "of another project", "without the network"):
-        bad(f"weights to start from that are {title}", make, f"{T} --init x.pt", "x.pt", *words)
-
-for title, spoil, line, *words in (
-        ("going on from half a checkpoint", half("run/checkpoint.pt"), ON, "run/checkpoint.pt"),
-        ("going on from bare weights", saved(lambda c: c["generator"]), ON, "run/checkpoint.pt"),
-        ("going on in a folder that was never there", nothing, "--resume --out nowhere",
-         "nowhere/checkpoint.pt"),
-        ("going on without any run", nothing, "--resume --steps 9", "runs/", "train first"),
-        ("scoring without any run", nothing, "evaluate --gpu -1", "runs/", "train first"),
-        ("going on without the dataset", moved("data", "elsewhere"), ON, "--data data"),
-        ("sampling without the dataset", moved("data", "elsewhere"), f"sample {RUN}",
-         "--data data"),
-        ("going on with classes of another data set", cityscapes, f"{ON} --data city", "city",
-         "12", "--classes")):
-    bad(title, spoil, line, *words)
-bad("a VGG file that runs code", saved({"features.0.weight": Trap()}, "vgg.pt"),
-    f"{T} --vgg vgg.pt {{vgg}}", "vgg.pt", "--vgg", only=WITH_VGG)
-bad("a VGG file that is another network", nothing, f"{T} --vgg run/checkpoint.pt {{vgg}}",
-    "--vgg run/checkpoint.pt", "VGG-19", only=WITH_VGG)
-
-# ------------------------------------------------------------- Bad: flags, and files to be made
-
-EACH = "--input data/test_label {instances} --samples 1"
-for title, spoil, line, *words in (
-        ("--out is a file", put("r", "mine"), T, "r"),
-        ("--out is below a file", put("x", "mine"), f"{T} --out x/r", "x/r"),
-        ("--output is a file, for a folder of inputs", put("o", "mine"),
-         f"sample {RUN} {EACH} --output o", "o"),
-        ("--output is the folder of the inputs", nothing,
-         f"sample {RUN} {EACH} --output data/test_label", "--output data/test_label"),
-        ("--output is where the data set's labels are", nothing,
-         f"sample {RUN} --output data/test_label --samples 1", "--output data/test_label"),
-        ("--input is an empty folder", put("x/.DS_Store"), f"sample {RUN} --input x", "--input x"),
-        ("--input is missing", nothing, f"sample {RUN} --input x.png", "x.png"),
-        ("--input has two files of one name", all_of(image("x/a.png", ids()), image(
-            "x/a.bmp", ids())), f"sample {RUN} --input x", "--input x", "one name"),
-        ("--input is a photo", image("a.png", photo()), f"sample {RUN} --output o --input a.png "
-         "{own}", "a.png"),
-        ("--input is of ids too many", image("a.png", ids(first=5)),
-         f"sample {RUN} --output o --input a.png {{own}}", "a.png", "12"),
-        ("--size at test time is larger than any memory", image("a.png", ids()),
-         f"sample {RUN} --input a.png {{own}} --size 10000000 10000000 --output o", "--size"),
-        ("--out is a folder of data", nothing, f"{T} --out data/train_img", "--out"),
-        ("--out lies in a folder of data", nothing, f"{T} --out data/test_img/r", "--out"),
-        ("--out holds what is no run's", put("o/notes.txt", "mine"), f"{T} --out o", "notes.txt"),
-        ("--output lies where the data set's photos are", nothing,
-         f"sample {RUN} --output data/train_img --samples 1", "--output data/train_img"),
-        ("--output is a photo of one's own", image("o.png", photo()), f"sample {RUN} --input data/"
-         "test_label/0.png {instances} --output o.png --samples 1", "o.png")):
-    bad(title, spoil, line, *words)
-# Whole command lines, and what is said.
-for line, *words in (
-        ("{train} --lr 0", "--lr 0"), ("{train} --lr nan", "--lr nan"),
-        ("{train} --lr 1e400", "--lr inf"), ("{train} --lr fast", "--lr", "fast"),
-        ("{train} --lr", "--lr"), ("{train} --width -4", "--width -4"),
-        ("{train} --width 4.5", "--width", "4.5"),
-        ("{train} --size 32", "--size"), ("{train} --seed -1", "--seed -1"),
-        ("{train} --classes x", "x", "cityscapes"), ("{train} --steps -3", "--steps -3"),
-        ("{train} --epochs 0", "--epochs 0"), ("{train} --batch-size 0", "--batch-size 0"),
-        ("{train} --gpu first", "--gpu", "first"), ("{train} --wid 8", "--wid"),
-        ("{train} --preset largest", "--preset", "largest"), ("{train} --out ''", "--out"),
-        ("{train} --precision fp64", "fp64", "bf16"), ("trian", "trian", "train"),
-        (f"evaluate {RUN} --preset toy", "--preset", "evaluate"),
-        (f"sample {RUN} --samples 0", "--samples 0"), (f"sample {RUN} --resume", "--resume"),
-        (f"{ON} --seed 7", "--seed 7", "0"), (f"{ON} --size 64 96", "--size", "64", "96")):
-    bad(line.replace(RUN, "RUN").replace(ON, "ON"), nothing, line, *words)
-
-# ------------------------------------------------------------------------------------------ Cures
+S = "sample --checkpoint x.pt --gpu -1"
+OK = f"sample {RUN} --limit 1 --samples 1 --output o"
+faults("a folder; name a file in it", (r"like (\S+);", "sample --checkpoint {0} --gpu -1 "
+       "--limit 1 --samples 1"), (moved("run", "x.pt"), S, "x.pt", "checkpoint.pt"))
+named = ("name a checkpoint of", OK)
+faults("train first, or name a checkpoint", ("train first", f"{T.replace('--out r', '')} ; sample"
+       " --gpu -1 --limit 1 --samples 1"), ("sample --gpu -1", "runs/"),
+       ("evaluate --gpu -1", "runs/"), ("--resume --steps 9", "runs/"))
+faults("no such file", named, (S, "x.pt"), (f"{T} --init x.pt", "x.pt"), ("--resume --out nowhere",
+       "nowhere/checkpoint.pt"))
+for make in (put("x.pt", "step,loss\n1,2\n"), put("x.pt"), half("run/checkpoint.pt", "x.pt"),
+             put("x.pt", pickle.dumps({"script": Trap()}, 2)), changed("x.pt", place=Trap())):
+    faults("damaged, or not plain weights", named, (make, S, "x.pt"), (make, f"{T} --init x.pt"))
+faults("damaged, or not plain weights", ("train first", T), (half("run/checkpoint.pt"), ON))
+faults("not a dict of weights", named, (saved([1, 2], "x.pt"), S, "x.pt"))
+faults("and no released generator; its|released G or E; its|{}: no checkpoint of {}.py", OK,
+       (saved({"epoch": 3, "state_dict": {}}, "x.pt"), S, "x.pt"), (saved(lambda c: c["generator"],
+       "x.pt"), "--resume --checkpoint x.pt", "x.pt"))
+faults("{}: holds {}, but no {} for this run", OK, (changed("x.pt", generator=None), S, "x.pt"),
+       (changed("x.pt", generator=None), f"{T} --init x.pt", "x.pt"))
+faults("has another size, other classes, or is", OK, (changed("x.pt", config={"width": 64}), S))
+faults("has another size, other classes, or is", ("another (size)", "{line} --width 4"),
+       f"{T} --init run/checkpoint.pt --width 64", only=("crn_imle", "pix2pix", "pix2pixhd"))
+pix("a checkpoint of {}.py, not of", (r"of (\w+)\.py, not",
+    lambda script: script_of(script).main(OK.split())), lambda: crn_imle.main(OK.split()))
+faults(": of another version", ("(--init)", f"{T} {{0}} run/checkpoint.pt"),
+       (changed(config={"frobnicate": 1}), ON, "version"), (changed(config={"frobnicate": 1}),
+       f"sample {RUN}", "version"))
+pix("released weights know no dataset", ("say (--input) or (--data)",
+    lambda *flags: [pix2pix.stored_config(ours(), "x.pt", {flag[2:]: "data"},
+    True) for flag in flags]), lambda: pix2pix.stored_config(ours(), "x.pt", {}, True))
+hd("no generator among these files", ("give its file", lambda: pix2pixhd.released_config(ours(),
+   {"classes": "12"})), lambda: pix2pixhd.released_config(ours("encoder"), {}))
+hd("a boundary adds 1", ("--classes", lambda: pix2pixhd.released_config(ours(), {"classes": "12"})),
+   lambda: pix2pixhd.released_config(ours(), {}))
 
 
-def cure(title: str, spoil, line: str, found: str, better: str, only=NAMES) -> None:
-    """`found` is sought in the error; its groups stand in `better`, the command that then works."""
-    CURES[title] = spoil, line, (found, better), only
+def ours(*names: str) -> dict:
+    """The run's weights, as if they had been read from files of the authors'."""
+    return {name: stored("run").get(name) for name in names or ("generator", "encoder")}
 
 
-PHOTOS = all_of(*(image(f"x/{split}/{i}.png", photo(32, 63)) for split in ("train", "test")
-                  for i in range(3)))
-STEPS = "--steps 1 --out r"
-for title, spoil, line, found, better in (
-        ("a size", nothing, f"{{train}} {STEPS} --size 33 70", r"(--size \d+ \d+)$", "{line} {0}"),
-        ("the CPU", nothing, f"{{train}} {STEPS} --gpu 99", "(--gpu -1)", "{line} {0}"),
-        ("go on", nothing, "{train} --steps 9 --out run", "(--resume)",
-         "{0} --out run --steps 3"),
-        ("more steps", nothing, "--resume --out run --steps 2", "(--steps)",
-         "--resume --out run {0} 3"),
-        ("leave it out", nothing, f"{ON} --lr 0.1", "leave the flag out", ON.replace("9", "3")),
-        ("another mode", nothing, "trace {train} --samples 2", "goes with (sample)",
-         f"{{0}} {RUN} --samples 2 --limit 1 --output o"),
-        ("a checkpoint to train from", nothing, f"{T} --checkpoint run/checkpoint.pt", "(--init)",
-         f"{T} {{0}} run/checkpoint.pt"),
-        ("a newer version", changed(config={"frobnicate": 1}), ON, "(--init)",
-         f"{T} {{0}} run/checkpoint.pt"),
-        ("classes", nothing, f"{T} --classes 3", r"(--classes \d+)", "{line} {0}"),
-        ("classes of another set", cityscapes, f"sample {RUN} --data city --output o --limit 1 "
-         "--samples 1", r"(--classes \d+)", "{line} {0}"),
-        ("train first", nothing, "sample --gpu -1 --limit 1 --samples 1", "train first",
-         "{train} --steps 1"),
-        ("a folder for several", nothing, f"sample {RUN} {EACH} --output o.png", "name a folder",
-         "{line} --output o"),
-        ("an ending", nothing, f"sample {RUN} --input data/test_label/0.png {{instances}} --output "
-         "o.xyz --samples 1", r"(\.png)", "{line} --output o{0}")):
-    cure(title, spoil, line, found, better)
-cure("a smaller batch", nothing, f"{{train}} {STEPS} --batch-size 6", r"training has (\d)",
-     "{line} --batch-size {0}", ("lab2pix", "pix2pix", "pix2pixhd"))
-cure("photos alone", PHOTOS, f"{{train}} --data x {STEPS}", "(--task colorization)",
-     "{line} {0}", ("pix2pix",))
-cure("a larger size for D", nothing, f"{{train}} {STEPS} --patch 142", r"(--size \d+ \d+)$",
-     "{line} {0}", ("pix2pix",))
-cure("no VGG", nothing, f"{T} --vgg gone.pt {{vgg}}", "(--vgg random)", "{line} {0}", WITH_VGG)
-cure("instances for --input", nothing, f"sample {RUN} --input data/test_label --samples 1 "
-     "--output o", "(--instances)", "{line} {0} data/test_inst", WITH_INSTANCES)
+V = "{train} --steps 1 --out r --vgg"
+for title, spoil, vgg in (("no such file", (), "gone.pt"), ("damaged, or not plain weights", saved(
+        {"features.0.weight": Trap()}, "vgg.pt"), "vgg.pt")):
+    faults(title, ("(--vgg random)",), (spoil, f"{V} {vgg} {{vgg}}", vgg), only=WITH_VGG)
+faults("holds no weights of VGG-16 or VGG-19", ("(--vgg random)",),
+       (f"{V} run/checkpoint.pt {{vgg}}", "--vgg run/checkpoint.pt"), only=WITH_VGG)
+vgg_of = lambda depth, width: [*common.vgg_trunk(depth, width).parameters()]
+
+
+def no_network() -> None:
+    with patch("torch.hub.load_state_dict_from_url", side_effect=OSError("no network")):
+        common.read_vgg(19, "imagenet")
+
+
+crn("use --vgg FILE|--vgg imagenet: {} cannot be had", (r"use (--vgg) FILE \(torchvision's VGG-"
+       r"16.*or --vgg (random)", lambda _, word: common.read_vgg(19, word)), no_network)
+crn("use torchvision's VGG-16", (r"VGG-(\d+)",
+    lambda depth: common.vgg_weights(common.vgg_trunk(16), vgg_of(int(depth), 64))),
+    lambda: common.vgg_weights(common.vgg_trunk(16), vgg_of(16, 4)))
+
+
+def scorer() -> None:
+    common.fcn_scorer(common.Dataset("data", size=(32, 32)), Path("."), torch.device("cpu"),
+                      "random")
+
+
+def spoiled_scorer() -> None:
+    scorer()
+    for path in Path(".").glob("fcn8s*.pt"):
+        path.write_bytes(b"")
+
+
+pix("delete it; it will be trained again", (FILE + ".* (delete) it", lambda path,
+    _: Path(path).unlink() or scorer()), (spoiled_scorer, scorer))
+
+# -------------------------------------------------- Faults: flags, and files that are to be made
+
+IN = "--input data/test_label {instances} --samples 1"
+ONE = "--input data/test_label/0.png {instances} --samples 1"
+faults("no such flag", ("(--help)", "{0}"), ("{train} --wid 8", "--wid"))
+faults("--help lists all flags", ("(--help)", "{0}"), ("{train} --lr", "--lr"),
+       ("{train} --lr fast", "--lr", "fast"), ("{train} --width 4.5", "--width", "4.5"),
+       ("{train} --size 32", "--size"), ("{train} --gpu first", "--gpu", "first"),
+       ("{train} --precision fp64", "fp64", "bf16"))
+faults("no such mode", (r"there are (\w+)", "{0} {train} --steps 1"), ("trian", "trian"))
+faults("{} goes with {}, not with {}", ("goes with (sample)", f"{{0}} {OK[7:]}"),
+       "trace {train} --samples 2", only=NAMES)
+faults("{} goes with {}, not with {}", (r"goes with (train)", "{0} {train} --steps 1"),
+       (f"evaluate {RUN} --preset toy", "--preset", "evaluate"), f"sample {RUN} --resume")
+faults("'': empty; leave the flag out", ("leave the flag out", T), (f"{T} --out ''", "--out"),
+       (f"{T} --data ''", "--data"))
+faults("{} {}: must be {}", (r"(--[\w-]+) \S+: must be (\d\S*?)(\.\.|$| or)", "{line} {0} {1}"),
+       *((f"{C} {flag} {value}", flag) for flag, value in (("--lr", "0"), ("--lr", "nan"), ("--lr",
+       "1e400"), ("--width", "-4"), ("--seed", "-1"), ("--epochs", "0"), ("--batch-size", "0"))),
+       f"{OK} --samples 0")
+faults("{} {}: must be {}", ("(--steps)", "{line} {0} 1"), (f"{T} --steps -3", "--steps -3"))
+faults("choose one of", (r"choose one of ([\w-]+)", "{line} --preset {0}"),
+       (f"{C} --preset largest", "--preset", "largest"))
+for name, why in (("pix2pix", "32, G halves each side"), ("crn_imle", "the modules halve"),
+                  ("pix2pixhd", "22{}, G halves each"), ("lab2pix", "doublings, each")):
+    faults(f"{why}|so both sides must be", (r"the nearest is (--size \d+ \d+)$",),
+           f"{T} --size 33 70", only=(name,))
+faults("--gpu -1 is the CPU", ("(--gpu -1)",), f"{T} --gpu 99")
+faults("a step needs {} images", (r"training has (\d)", "{line} --batch-size {0}"),
+       f"{T} --batch-size 6", only=WITH_SCORES)
+faults("holds a run already", ("(--resume)", "{0} --out run --steps 3"),
+       "{train} --steps 9 --out run")
+faults("finished at step", ("larger (--epochs) or (--steps)", "--resume --out run {1} 3"),
+       "--resume --out run --steps 2")
+faults("{} {} contradicts {}", ("leave the flag out", "--resume --out run --steps 3"),
+       (f"{ON} --lr 0.1", "--lr 0.1"), (f"{ON} --seed 7", "--seed 7", "0"), (f"{ON} --size 64 96",
+       "--size", "64", "96"), (f"{ON} --preset toy", "--preset toy"))
+faults("{} {} contradicts {}", ("leave the flag out", OK), *((f"{mode} {RUN} --width 64", "64",
+       "4") for mode in ("sample", "evaluate")), only=("crn_imle", "pix2pix", "pix2pixhd"))
+for better in (f"{T} {{1}} run/checkpoint.pt", "{0} --steps 3 --checkpoint run/checkpoint.pt"):
+    faults("--checkpoint goes with", (r"goes with (--resume) here; (--init)", better),
+           f"{T} --checkpoint run/checkpoint.pt")
+faults("lies in what is read", (r"(--out\w*) \S+: lies in .* another place", "{line} {0} y"),
+       f"sample {RUN} {IN} --output data/test_label", f"sample {RUN} --output data/test_label "
+       "--samples 1", f"sample {RUN} --output data/train_img --samples 1", f"{T} --out "
+       "data/train_img", f"{T} --out data/test_img/r")
+faults("holds {}; name a new folder", ("name a new folder", "{line} --out y"), (put("o/notes.txt",
+       "mine"), f"{T} --out o", "notes.txt"))
+faults("is no picture of ours", ("name another place", "{line} --output y.png"), (image("o.png",
+       photo()), f"sample {RUN} {ONE} --output o.png"))
+faults("one file for several images", ("name a folder", "{line} --output o"),
+       f"sample {RUN} {IN} --output o.png")
+faults("{}: cannot be written ({})", (r"(\.png)", "{line} --output o{0}"),
+       f"sample {RUN} {ONE} --output o.xyz")
+faults("[Errno", "{line} --out y", (put("r", "mine"), T, "r"), (put("x"), f"{T} --out x/r", "x/r"))
+faults("[Errno", "{line} --output y", (put("o"), f"sample {RUN} {IN} --output o", "o"))
+faults("out of memory; a smaller", ("smaller (--size)", "{line} {0} 32 32"), (image("a.png", ids()),
+       f"sample {RUN} --input a.png {{own}} --size 10000000 10000000 --output o.png"))
+faults("a folder without images", ("folders in it are not read", f"sample {RUN} {IN} --output o"),
+       (put("x/a/.DS_Store"), f"sample {RUN} --input x", "--input x"))
+faults("save it as PNG, or download it again", (FILE, lambda path: save(path, ids())),
+       (f"sample {RUN} --input x.png --output o --samples 1"), only=("crn_imle", "pix2pix"))
+faults("several files of one name", ("by it", lambda: moved("x/a.PNG", "x/b.PNG")()),
+       ([image("x/a.png", ids()), image("x/a.PNG", ids())], f"sample {RUN} --input x --output o "
+        "--samples 1", "--input x", "one name"), only=("crn_imle", "pix2pix"))
+faults("this network needs instance maps", (r"(--instances)$", "{line} {0} data/test_inst"),
+       f"sample {RUN} --input data/test_label --samples 1 --output o", only=WITH_INSTANCES)
+faults("no map named", (r"named (\w+)", lambda name: shutil.copytree("data/test_inst", "x",
+       dirs_exist_ok=True)), (put("x/a.png"), f"sample {RUN} --input data/test_label --instances x "
+       "--samples 1 --output o"), only=WITH_INSTANCES)
+faults("colours are not in the dataset's palette", (FILE, as_png), (image("a.png", photo()),
+       f"sample {RUN} --output o --input a.png {{own}} --samples 1"), only=("crn_imle", "pix2pix"))
+faults("correct the file or", (FILE, as_png), (image("a.png", ids(first=5)),
+       f"sample {RUN} --output o --input a.png {{own}} --samples 1", "12"))
+faults("makes them alike", (r"(--size \d+ \d+)",), (image("a.png", ids(160, 192)),
+       f"sample {RUN} --input a.png {{own}} --output o.png --samples 1"))
+
+# ------------------------------------------------------------- Faults: what one paper's run has
+
+pix("for which --size {} {} is too small", (r"(--size \d+ \d+) would do",), f"{T} --patch 142")
+hd("--epochs 0: leaves", (r"an (--init)", "{line} {0} run/checkpoint.pt"),
+   f"{T} --size 64 64 --enhancers 1 --epochs 0 --enhancer-epochs 0 9")
+hd("would move a stage", ("leave it out", "--resume --out s --steps 4"),
+   ([f"{T} --size 64 64 --enhancers 1 --epochs 1 --enhancer-epochs 0 9 --steps 3 --out s"],
+   "--resume --out s --steps 4 --epochs 2"))
+hd("so both sides must be", (r"the nearest is (--crop \d+ \d+)$",), f"{T} --crop 17 16")
+PLAIN = f"{T} --features 0 --out o"                        # a run without an encoder
+for line in ("encode", "sample --samples 2"):
+    faults("has no encoder (--features 3)|no encoder: a label map has one", (
+        "(--features 3)", f"{T} {{0}} --out p ; {line} --out p"), ([PLAIN], f"{line} --out o"),
+           only=HD)
+hd("encode keeps them", ("(encode) keeps them", f"{{0}} {RUN} ; {{line}}"),
+   (saved(lambda c: c | {"styles": {}}), f"edit {RUN} --style 26000=0"))
+hd("object {}: not in this scene", (r"which has \[(\d+)", f"edit {RUN} --remove {{0}}"),
+   f"edit {RUN} --remove 7")
+hd("--style {}={}: {} has {}", (r"--(style \d+=)\d+: .* from (0) on", f"edit {RUN} --{{0}}{{1}}"),
+   f"edit {RUN} --style 26000=99")
+hd("no stuff that could grow", "{line} --instances data/test_label/0.png", (image("a.png",
+   0 * ids() + 9), f"edit {RUN} --input data/test_label/0.png --instances a.png --remove 9"))
+hd("lies outside the image", f"edit {RUN} --paste 26000@2,2", f"edit {RUN} --paste 26000@99,0")
+hd("nothing was changed yet", f"edit {RUN} --remove 26000 --undo", f"edit {RUN} --undo")
+hd("--{} {}: expected {}", (r"expected ID=(K)", f"edit {RUN} --style 26000=0"),
+   f"edit {RUN} --style red")
+hd("--item {}: not there", (r"there are (\w+)", "{line} --item {0}"), f"edit {RUN} --item 77")
+hd("class {}: choose a number below", (r"of (class \d+)", f"edit {RUN} --set '26000={{0}}'"),
+   f"edit {RUN} --set 26000=x")
+CRN_RUN = f"{T} --model crn --out o"
+crn("this CRN has {} output(s)", (r"has (\d) output", "{line} --samples {0}"), ([CRN_RUN],
+    "sample --out o --samples 99 --limit 1"))
+crn("needs noise, which a CRN has not", ("train with (--model imle)",
+    f"{T} {{0}} ; interpolate --out r"), ([CRN_RUN], "interpolate --out o"))
+crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([image("x/a.png",
+    ids()), image("x/b.png", ids(64, 64))], f"transfer {RUN} --input x --output o"))
+lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
+lab("--ups {}: must be", (r"(--ups) \d+: must be (\d)", "{line} {0} {1}"), f"{C} --ups 3")
+lab("--task {}: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
+    f"{C} --task edges")
+lab("they need --pg", ("need (--pg)",), f"{C} --version V1 --no-pg")
+lab("--preset or --ablation is {}'s", (r"is (V\d)'s", "{line} --version {0}"),
+    f"{C} --version V2 --preset V1-cityscapes")
+lab("G's first feature is one pixel", (r"larger (--size) or (--batch-size)", "{line} {1} 2"),
+    f"{T} --ups 6 --batch-size 1")
+lab("training needs one; use hpd", (r"use (\w+)", "{line} --discriminator {0}"),
+    f"{T} --discriminator none")
+lab("this network has no noise, so one", ("so (one) image", "{line} --samples 1"),
+    ([f"{T} --first label --out o"], "sample --out o --samples 2 --limit 1"))
+
+
+def killed_worker() -> None:
+    loader = common.Loader(common.Dataset("data", size=(32, 32)), 1, 1, torch.device("cpu"))
+    loader.batches = MagicMock(num_workers=1)
+    loader.batches.__iter__.side_effect = RuntimeError("DataLoader worker (pid 7) is killed")
+    next(iter(loader))
+
+
+def busy(**env: str) -> None:
+    with (patch.object(os, "getloadavg", lambda: (99.0,)), patch.dict(os.environ, env),
+          patch.multiple(torch, get_num_threads=lambda: 8, set_num_threads=Mock())):
+        if not env:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        common.choose_threads.__wrapped__()
+
+
+pix("this machine is busy", (r"(OMP_NUM_THREADS)=(\d+)", lambda name, n: busy(**{name: n})), busy)
+pix("data process was ended from outside", ("(--workers 0) needs none", f"{T} {{0}}"),
+    killed_worker)
+
+# What names a cure and stands in no row, and where it is looked at instead; and what names none:
+# errors of which the file or the value that they begin with is the whole matter, and notices.
+ELSEWHERE = {
+    "to go on: python": "test_a_signal_ends_the_step_saves_and_loses_nothing",
+    "this run looks dead": "test_a_run_that_died_in_finite_numbers_says_so_and_keeps_the_last_good",
+    "check its permissions": "test_what_may_not_be_read_or_written",
+    "may not be written; name another": "test_what_may_not_be_read_or_written",
+    "not saved, since weights are nan": "test_nan_is_never_saved",
+    ": stopped; the last good checkpoint": "test_nan_is_never_saved",
+    "cannot be written ({}); the last good": "test_a_disk_that_is_full_half_way"}
+NO_CURE = ("{}", "bad files){}", "has no {} files")
 
 
 # ------------------------------------------------------------------ The user, and what is looked at
@@ -339,8 +530,14 @@ def templates(tmp_path_factory):
 
 def filled(line: str, name: str) -> str:
     maps = "--instances {}" if name in WITH_INSTANCES else ""
-    return line.format(train=TINY[name], instances=maps.format("data/test_inst"),
-                       own=maps.format("a.png"), vgg="--lambda-5 10" if name == "lab2pix" else "")
+    return line.format(train=TINY[name], instances=maps.format("data/test_inst"), own=maps.format(
+        "a.png"), vgg="--lambda-5 10" if name == "lab2pix" else "")
+
+
+def do(spoil, name: str = "") -> None:
+    """What is done before: a function, a command that works, or several of them."""
+    for each in spoil if isinstance(spoil, (list, tuple)) else [spoil]:
+        works(name, filled(each, name)) if isinstance(each, str) else each()
 
 
 def snapshot() -> dict[str, bytes | None]:
@@ -356,23 +553,114 @@ def nothing_is_lost(before: dict) -> None:
     assert "sprung" not in after, "code in a file that was read has run"
 
 
-def each_case(table: dict):
-    """Every case with every script that it concerns; without --all with one, in turns."""
-    cases = [(title, [name for name in NAMES if name in only])
-             for title, (*_, only) in table.items()]
-    return pytest.mark.parametrize("name, title", [
-        pytest.param(name, title, marks=[pytest.mark.slow] * (k != i % len(only)))
-        for i, (title, only) in enumerate(cases) for k, name in enumerate(only)])
+@functools.cache
+def texts() -> dict[tuple[str, str], str]:
+    """Each text that a user gets in an error, and in a notice that names a cure, with {} for what
+    is filled in: (file, text) -> function."""
+    found = {}
+    for name in ("common", *NAMES):
+        for function in [n for n in ast.walk(count(name)[2]) if isinstance(n, ast.FunctionDef)]:
+            for node in ast.walk(function):
+                called = getattr(node, "func", None) or getattr(node, "targets", [None])[0]
+                if getattr(called, "attr", getattr(called, "id", "")) in SPEAKERS:
+                    parts = node.args if isinstance(node, ast.Call) else [node.value]
+                    text = ", ".join(map(written, parts))
+                    always = getattr(called, "id", "") in ("UserError", "check_sides")
+                    if always or CURE.search(text):
+                        found[name, text] = function.name
+    return found
 
 
-@each_case(BAD)
-def test_bad_input_is_one_line_and_loses_nothing(name, title, templates):
+SPEAKERS = {"UserError", "notice", "print", "write", "load_file", "require", "check_sides",
+            "cure", "text"}                                # called, or assigned to
+CURE = re.compile(r"(?<!^)--[a-z]|python |; .*\b(leave|check|train|start)|\b(keep|take|save|name a|"
+                  r"name another|rename|remove|delete|divide|renumber|pass|use|choose|help|"
+                  r"nearest i|must be|there are|which ha|goes with|looked for|expected)s?\b")
+
+
+def written(node: ast.AST) -> str:
+    """The text that an expression gives, as it stands in the source."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(written, node.values))
+    if isinstance(node, ast.BinOp):
+        return written(node.left) + written(node.right)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.IfExp):
+        return f"{written(node.value.body)} {written(node.value.orelse)}"
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "format":
+        return written(node.func.value)
+    return "{}"
+
+
+def test_all_that_is_said_stands_in_the_table():
+    """So each error, and each notice that names a cure, is provoked, and the cure is taken from the
+    text and applied."""
+    rows = [(part, only, found) for says, (found, _), *_, only in FAULTS
+            for part in says.split("|")]
+    rows += [(part, NAMES, "") for part in NO_CURE] + [(part, NAMES, part) for part in ELSEWHERE]
+    left, unclear = dict(texts()), []
+    for part, only, found in rows:
+        meant = [key for key in texts() if key[1] == part] or [k for k in texts() if part in k[1]]
+        if len(meant) != len({file for file, _ in meant}) or not (meant or "Errno" in part):
+            unclear.append((part, meant))
+        here = {text for file, text in meant if file in ("common", *only)
+                and (found or not CURE.search(text))}
+        left = {key: place for key, place in left.items() if key[1] not in here}
+    assert not unclear, "said nowhere, or in several places"
+    assert not left, "said, and in no row that applies a cure"
+    assert all(test in globals() for test in ELSEWHERE.values())
+
+
+def told(name: str, line) -> tuple[int, str]:
+    """Exit code of a command, or of a function that stands for one; all that it said."""
+    common.notice.cache_clear()                            # else it is said once
+    if isinstance(line, str):
+        ended = as_user(name, filled(line, name))
+        if ended.code:
+            mistake(ended, name, line)
+        return ended.code, ended.err + ended.out
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            line()
+        except common.UserError as error:
+            return 2, f"error: {error}"
+    return 0, out.getvalue()
+
+
+def is_said(says: str, text: str) -> bool:
+    return any(re.search(re.escape(part).replace(r"\{\}", ".*"), text) for part in says.split("|"))
+
+
+@pytest.mark.parametrize("name, case", [
+    pytest.param(name, case, id=f"{i} {case[0][:40]}-{name}", marks=[pytest.mark.slow] * (
+        k != i % len(case[-1])))
+    for i, case in enumerate(FAULTS) for k, name in enumerate(case[-1])])
+def test_what_goes_wrong_is_one_line_that_loses_nothing_and_its_cure_cures(name, case, templates):
+    """With every script that it concerns; without --all with one, in turns."""
+    says, (found, better), spoil, line, words, _ = case
     templates(name)
-    spoil, line, words, _ = BAD[title]
-    spoil()
+    do(spoil, name)
     before = snapshot()
-    fails(name, filled(line, name), *words)
-    nothing_is_lost(before)
+    code, text = told(name, line)
+    assert is_said(says, text) and all(word in text for word in words), text
+    if code:
+        nothing_is_lost(before)
+    match = re.search(found, text)
+    assert match, f"{found!r} is not in: {text}"
+    again = line
+    if callable(better) and callable(line):
+        again = functools.partial(better, *match.groups())
+    elif callable(better):
+        better(*match.groups())
+    else:
+        again = better.replace("{line}", line if isinstance(line, str) else "")
+        for k, group in enumerate(match.groups()):
+            again = again.replace(f"{{{k}}}", group)
+    for each in again.split(" ; ") if isinstance(again, str) else [again]:
+        code, text = told(name, each)
+        assert code == 0, f"{each}: {text}"
+    assert not is_said(says, text), text
 
 
 @each_script
@@ -392,23 +680,6 @@ def test_strange_input_that_is_sound_trains(name, templates):
     assert "5 examples" in out and "99" in out and "no test split" in out
 
 
-@each_case(CURES)
-def test_a_named_cure_cures(name, title, templates):
-    """What an error names, a command, a flag or a value, is done; then the next step is reached."""
-    templates(name)
-    spoil, line, (found, better), _ = CURES[title]
-    spoil()
-    line, before = filled(line, name), snapshot()
-    said = fails(name, line).strip()
-    nothing_is_lost(before)
-    match = re.search(found, said)
-    assert match, f"{found!r} is not in: {said}"
-    text = better.replace("{line}", line)
-    for k, group in enumerate(match.groups()):
-        text = text.replace(f"{{{k}}}", group)
-    works(name, filled(text, name))
-
-
 def test_a_data_process_says_the_same_line(templates):
     """What goes wrong there comes back as the line that it was."""
     templates("pix2pix")
@@ -418,36 +689,40 @@ def test_a_data_process_says_the_same_line(templates):
     assert life.err.startswith("pix2pix.py: error: data/train_img/4.png"), life.err
 
 
-def as_nobody(name: str, line: str, word: str) -> None:
-    """fails() in a process of its own; if we are root, who may do all, it is of another user."""
+def as_nobody(act, *arguments: str) -> None:
+    """act(*arguments) in a process of its own; if we are root, who may do all, of another user."""
     child = os.fork()
     if not child:
         try:
             if os.geteuid() == 0:
                 os.setuid(65534)
-            fails(name, line, word)
+            act(*arguments)
             os._exit(0)
         finally:
             os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0, line
+    assert os.waitpid(child, 0)[1] == 0, arguments
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="permissions are another thing on Windows")
-@pytest.mark.parametrize("path, rights, line", [
-    ("data/train_label", 0, T), ("data/train_img/0.png", 0, T), ("r", 0o555, T),
-    ("run/checkpoint.pt", 0, f"sample {RUN}")])
-def test_what_may_not_be_read_or_written(path, rights, line, templates):
+@pytest.mark.parametrize("path, rights, line, cure", [
+    ("data/train_label", 0, T, "check its permissions"), ("data/train_img/0.png", 0, T, ""),
+    ("r", 0o555, T, ""), ("run", 0o555, f"sample {RUN} --limit 1", "name another --out"),
+    ("run/checkpoint.pt", 0, f"sample {RUN} --limit 1", "")])
+def test_what_may_not_be_read_or_written(path, rights, line, cure, templates):
     templates("pix2pix")
     Path("r").mkdir()
     for each in (Path("."), *Path(".").rglob("*")):
         each.chmod(0o777)
-    before = snapshot()
+    line, before = filled(line, "pix2pix"), snapshot()
     Path(path).chmod(rights)
     try:
-        as_nobody("pix2pix", filled(line, "pix2pix"), path)
+        as_nobody(fails, "pix2pix", line, path, cure)
+        if "--out" in cure:
+            as_nobody(works, "pix2pix", f"{line} --out y")
     finally:
         Path(path).chmod(0o777)
     nothing_is_lost(before)
+    as_nobody(works, "pix2pix", line)
 
 
 @each_script
@@ -617,28 +892,6 @@ def test_killed_in_its_first_save_a_run_is_started_again_by_the_same_command(tem
     works("pix2pix", line)
 
 
-@pytest.mark.slow
-@each_row
-def test_many_kills_at_random_moments(row, templates, whole):
-    """Started, killed and gone on with, ten times or until it has ended by itself."""
-    templates(row, run=False)
-    chance, name, step, kills = random.Random(0), row.partition("-")[0], 0, 0
-    total = 120
-    while step < total:
-        line = "--resume --out r" if step else f"{TINY[row]} --data data --out r"
-        process = lives(name, f"{line} --steps {total}", wait=False)
-        process.join(chance.uniform(0.2, 0.7) if kills < 10 else 600)
-        kills += process.exitcode is None
-        process.kill()
-        process.join()
-        now = place("r")[0] if Path("r/checkpoint.pt").exists() else 0
-        assert now >= step and process.exitcode in (0, -signal.SIGKILL)
-        step = now
-    works(row, f"{TINY[row]} --data data --out one --steps {total}")
-    assert kills                               # how many depends on the machine
-    assert_same_state("r", "one", log=False)
-
-
 def small_disk(script, room: int) -> None:
     """No file may grow beyond so many bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -728,23 +981,6 @@ def test_saves_cost_at_most_a_tenth_of_the_time(name, templates, monkeypatch,
     templates(name, run=False)
     works(name, f"{TINY[name]} --data data --steps 120 --out r")
     assert sorted(set(saves)) == [2, 94, 120]
-
-
-@each_script
-def test_another_scale_than_in_training_is_said_with_its_cure(name, templates):
-    templates(name)
-    save("a.png", ids(160, 192))
-    line = filled(f"sample {RUN} --input a.png {{own}} --output o.png --samples 1", name)
-    cure = re.search(r"--size \d+ \d+", works(name, line))[0]
-    assert "--size" not in works(name, f"{line} {cure}")
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "crn_imle"])
-def test_a_score_of_nothing_is_an_error(name):
-    """Cityscapes' ids 0 to 5 do not enter a score."""
-    cityscapes(ids() // 2)
-    works(name, f"{TINY[name]} --data city --classes cityscapes --steps 1 --out r")
-    fails(name, "evaluate --out r --vgg random", "--classes")
 
 
 @each_script
