@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("",
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
 
 import helpers  # noqa: E402
+import lab2pix  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.data import DataLoader, default_collate  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -282,6 +285,7 @@ COLUMNS = {
     "sharp": "mean |Laplacian| over that of true photos: 1 is right, below is blurred, above noisy;"
              "\n           without the sensor's grain, which few models make, see that row",
     "least": "sharp of the class where it is least", "of": "that class",
+    "Frechet": "distance of pictures to photos, by the judge's features, where --frechet asks for it",
     "colours": "energy distance of regions' mean colours to the law, over the law's own spread,\n"
                "           mean over the classes: 0 is right, by chance a little below it",
     "variance": "of pixels over the samples of one layout, over that of the law: 1 is right",
@@ -318,6 +322,43 @@ def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
                  for name in names]
         return torch.stack([torch.stack([common.read_image(file) / 127.5 - 1 for file in some])
                             for some in files])
+
+
+def many_pictures(path: Path, size: tuple[int, int], n: int, gpu: int) -> Iterator[torch.Tensor]:
+    """What a run makes of n streets that nobody has trained on or chosen by; without a path their
+    photos. (1, 3, H, W) in [-1, 1]."""
+    streets = [(i, common.street(0, 2_000_000 + i, size)) for i in range(n)]
+    if not path:
+        yield from (torch.from_numpy(street["image"]).permute(2, 0, 1)[None] / 127.5 - 1
+                    for _, street in streets)
+        return
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    script = importlib.import_module(common.load_file(path, "name a run")["script"])
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("label", "instance"):
+            Path(folder, kind).mkdir()
+            for i, street in streets:
+                Image.fromarray(street[kind].astype("uint16")).save(f"{folder}/{kind}/{i}.png")
+        words = ["sample", "--checkpoint", str(path), "--input", f"{folder}/label", "--output",
+                 f"{folder}/made", "--samples", "1", "--gpu", str(gpu)]
+        if hasattr(script.Config, "instances"):
+            words += ["--instances", f"{folder}/instance"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main(words)
+        for i, _ in streets:
+            yield common.read_image(Path(folder, "made", f"{i}.png"))[None] / 127.5 - 1
+
+
+@torch.no_grad()
+def features(judge: common.FCN8s, pictures: Iterator[torch.Tensor]) -> torch.Tensor:
+    """What the judge sees at its last pooling, on average over each picture: (n, 128)."""
+    seen, device = [], next(judge.parameters()).device
+    hook = judge.trunk[-1].register_forward_hook(
+        lambda layer, x, out: seen.append(out.mean((2, 3)).cpu()))
+    for picture in pictures:
+        judge(picture.to(device))
+    hook.remove()
+    return torch.cat(seen)
 
 
 def street_of(index: int, item: dict, samples: int) -> SimpleNamespace:
@@ -442,6 +483,13 @@ def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> d
                     "median of the law": each(lambda s: s.law.median(0, True)[0]),
                     "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | rows
         found[size] = {name: scores(pictures, streets, judge) for name, pictures in rows.items()}
+        if options.frechet:
+            look = lambda path: features(judge, many_pictures(path, size, options.frechet,
+                                                              options.gpu))
+            photos = look(None)
+            for path in set(rows) & set(paths):
+                found[size][path][0]["Frechet"] = lab2pix.frechet_distance(
+                    look(Path(path)), photos)
     return found
 
 
@@ -484,6 +532,8 @@ def main() -> None:
                         help="tiny networks, a step or two: shows that all runs, not how fast")
     parser.add_argument("--images", type=int, default=20, help="yardstick: streets (20)")
     parser.add_argument("--samples", type=int, default=8, help="yardstick: of each street (8)")
+    parser.add_argument("--frechet", type=int, default=0, metavar="N",
+                        help="yardstick: the distance, by N other streets; 500 are enough (0)")
     parser.add_argument("--classes", action="store_true", help="yardstick: the classes one by one")
     parser.add_argument("--folder", default="runs/yardstick", metavar="DIR",
                         help="yardstick: where its judge is kept (%(default)s)")

@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20, help="of the test split (20)")
     parser.add_argument("--samples", type=int, default=8, help="of each, where there are several")
     options = parser.parse_args()
-    options.folder = str(Path(options.out, "judge"))
+    options.folder, options.frechet = str(Path(options.out, "judge")), 0
     if unknown := set(options.names) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     for name in options.names or TABLES:

@@ -66,6 +66,10 @@ def test_pictures_are_what_the_script_samples(name, tmp_path):
     file = "street_1000001_3.png"
     as_user(name, f"sample --checkpoint {tmp_path}/run/checkpoint.pt --samples 3 --output o")
     assert torch.equal(pictures[1, 2], common.read_image(tmp_path / "o" / file) / 127.5 - 1)
+    judge, size = common.FCN8s(12, 2).eval(), (side, side)
+    made, photos = (benchmark.features(judge, benchmark.many_pictures(path, size, 3, -1))
+                    for path in (tmp_path / "run", None))
+    assert made.shape == photos.shape == (3, 16) and not torch.equal(made, photos)
 
 
 def test_an_order_holds_falls_or_lies_within_the_spread():
