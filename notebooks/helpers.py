@@ -147,7 +147,8 @@ class ClickMap:
             grid_template_columns=f"repeat({columns}, {unit}px)"))
 
     def cover(self, tiles: dict) -> None:
-        """A button on each tile {(top, left, bottom, right) in units: value}; those that fit stay."""
+        """A button on each tile {(top, left, bottom, right) in units: value}; those that fit stay.
+        """
         old, self.buttons = self.buttons, {}
         for edges, value in tiles.items():
             button = old.pop(edges, None)

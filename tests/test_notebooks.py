@@ -130,7 +130,8 @@ def test_its_outputs_were_made_from_the_scripts_weights_and_cells_of_now(path):
     from helpers import made_from
     notebook = read(path)
     stored, now = notebook.metadata.get("made_from", {}), made_from(notebook)
-    changed = sorted(name for name in stored.keys() | now.keys() if stored.get(name) != now.get(name))
+    names = sorted(stored.keys() | now.keys())
+    changed = [name for name in names if stored.get(name) != now.get(name)]
     assert not changed, f"changed since: {', '.join(changed)}; python notebooks/helpers.py {path}"
 
 
