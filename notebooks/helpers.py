@@ -3,19 +3,29 @@
 Nothing in here belongs to a paper. The last part knows what each built-in street can look like, so
 that a model's outputs can be compared with the true distribution. `start()` makes a notebook's
 outputs the same on every run of one machine: one thread, one seed.
+
+    python notebooks/helpers.py [NOTEBOOK ...]      execute them (all) in place
+
+An executed notebook's metadata hold checksums of all that its outputs were made from; a test
+compares them with the files.
 """
 
 import contextlib
+import hashlib
 import inspect
 import io
 import itertools
 import math
+import re
 import sys
 import textwrap
+import time
+import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: F401 (before torch: it says how torch's threads wait)
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,6 +39,7 @@ from common import (
     street_scene)
 
 CPU = torch.device("cpu")
+TABLES = Path(__file__).resolve().parents[1] / "tests" / "tables.txt"
 WEIGHTS = Path(__file__).resolve().parent / "weights"      # trained beforehand; see its README
 
 
@@ -110,10 +121,77 @@ def encoded(image: Tensor, zoom: int = 5, kind: str = "jpeg") -> bytes:
     return data.getvalue()
 
 
+# -------------------------------------------------------------------------------------- Panels
+
 def live(widget) -> None:
     """Show a widget; a page without a running notebook shows one line in its place."""
     word = "[A panel to use with the mouse: it needs a running notebook.]"
     display(widget._repr_mimebundle_() | {"text/plain": word}, raw=True)
+
+
+class ClickMap:
+    """A picture that answers clicks: `click(value)` gets the value of the tile that was hit.
+
+    A picture cannot be clicked, but a transparent button that lies on it can. `unit` is the side of
+    the smallest tile on the screen, in pixels.
+    """
+
+    def __init__(self, rows: int, columns: int, unit: int, click):
+        self.click, self.buttons = click, {}
+        self.view = ipywidgets.Image(format="jpeg", layout=dict(
+            margin="0", width=f"{columns * unit}px", height=f"{rows * unit}px",
+            max_width="none", grid_area="1 / 1 / -1 / -1"))
+        self.box = ipywidgets.GridBox([self.view], layout=dict(
+            width=f"{columns * unit}px", height=f"{rows * unit}px", flex="none", overflow="hidden",
+            grid_template_rows=f"repeat({rows}, {unit}px)", grid_gap="0",
+            grid_template_columns=f"repeat({columns}, {unit}px)"))
+
+    def cover(self, tiles: dict) -> None:
+        """A button on each tile {(top, left, bottom, right) in units: value}; those that fit stay.
+        """
+        old, self.buttons = self.buttons, {}
+        for edges, value in tiles.items():
+            button = old.pop(edges, None)
+            if button is None:
+                area = " / ".join(str(edge + 1) for edge in edges)
+                button = ipywidgets.Button(style={"button_color": "transparent"}, layout=dict(
+                    margin="0", padding="0", width="100%", height="100%", grid_area=area))
+                button.on_click(lambda pressed: self.click(pressed.value_of_tile))
+            button.value_of_tile, self.buttons[edges] = value, button
+        self.box.children = [self.view, *self.buttons.values()]
+        for button in old.values():
+            button.close()
+
+    def hit(self, row: int, column: int) -> None:
+        """Press the button on a place, in units, as the mouse would do."""
+        next(button for (top, left, bottom, right), button in self.buttons.items()
+             if top <= row < bottom and left <= column < right).click()
+
+
+def rectangles(ids: Tensor) -> dict:
+    """Cut a map (H, W) into rectangles of one value each: {(top, left, bottom, right): value}."""
+    growing, done = {}, {}
+    for row, line in enumerate([*ids.tolist(), []]):
+        cuts = [0, *(k for k in range(1, len(line)) if line[k] != line[k - 1]), len(line)]
+        runs = {(a, b, line[a]) for a, b in zip(cuts, cuts[1:]) if a < b}
+        for run in growing.keys() - runs:           # a run that does not go on in this row
+            done[growing.pop(run), run[0], row, run[1]] = run[2]
+        growing |= {run: row for run in runs - growing.keys()}
+    return dict(sorted(done.items()))
+
+
+def coloured_button(word: str, colour, press, **layout) -> ipywidgets.Button:
+    """A button in a colour (3 numbers in [0, 1]), its word in black or white."""
+    button = ipywidgets.Button(description=word, layout=dict(width="auto", margin="1px") | layout)
+    button.on_click(press)
+    recolour(button, colour)
+    return button
+
+
+def recolour(button, colour) -> None:
+    values = [round(255 * min(max(float(v), 0), 1)) for v in colour]
+    button.style.button_color = "#%02x%02x%02x" % tuple(values)
+    button.style.text_color = "black" if sum(values) > 330 else "white"
 
 
 # ------------------------------------------------------------------------- Tables and verdicts
@@ -123,6 +201,17 @@ def table(head, rows) -> None:
     cell = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
     lines = [head, ["---"] * len(head), *rows]
     display(Markdown("\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)))
+
+
+def three_seeds(name: str) -> None:
+    """A table of tests/tables.txt: the paper's rows, each trained with three seeds, for longer than
+    a class has time for; and the command that trains one row of it at home."""
+    part = re.search(rf"^{name}, .*?(?=\n\n|\Z)", TABLES.read_text(), re.DOTALL | re.MULTILINE)
+    head, *lines = [line for line in part.group(0).splitlines()[1:]
+                    if line.startswith(" " * 24) or not line.startswith(" ")]
+    head, *cells = [re.split(r"\s{2,}", line.strip()) for line in (head, *lines)]
+    table(["three seeds", *head], cells)
+    display(Markdown(f"`python tests/tables.py {name}` trains this table."))
 
 
 def spread(values) -> str:
@@ -161,22 +250,28 @@ def filled(value) -> bool:
 
 
 def expect(got, wanted, what: str = "your answer", within: float = 1e-2) -> None:
-    """An assertion that says what it expected and what it got.
+    """An assertion that says what is wrong, and not what would be right.
 
     Numbers may differ by `within` of the wanted size: a student types 0.69, not 0.6931. Tensors and
     arrays must agree in shape, and to `within` of the largest value.
     """
     if isinstance(wanted, (bool, str)) or wanted is None:
-        assert got == wanted, f"{what}: expected {wanted!r}, got {got!r}"
+        assert got == wanted, f"{what}: it is not {got!r}"
         return
     try:
         a = torch.as_tensor(got, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise AssertionError(f"{what}: expected {say(wanted)}, got {got!r}") from None
+        raise AssertionError(f"{what}: {got!r} is no number or tensor") from None
     b = torch.as_tensor(wanted, dtype=torch.float64).detach()
     assert a.shape == b.shape, f"{what}: expected shape {tuple(b.shape)}, got {tuple(a.shape)}"
-    close = (a - b).abs().max() <= within * b.abs().max().clamp(min=1e-6) if b.numel() else True
-    assert close, f"{what}: expected about {say(wanted)}, got {say(got)}"
+    if not b.numel():
+        return
+    far = (a - b).abs() / b.abs().max().clamp(min=1e-6)
+    if b.numel() == 1:
+        how = f"{say(a)} is too {'large' if a > b else 'small'}"
+    else:
+        how = f"{int((far > within).sum())} of {b.numel()} values are wrong, yours begin {say(a)}"
+    assert far.max() <= within, f"{what}: {how}"
 
 
 def say(value) -> str:
@@ -312,3 +407,59 @@ def agreement(times: list[list]) -> float:
     """P[two layouts show the same time of day for one noise]: times[layout][noise]."""
     pairs = [a == b for i, x in enumerate(times) for y in times[:i] for a, b in zip(x, y)]
     return sum(pairs) / max(len(pairs), 1)
+
+
+# ------------------------------------------------------------- From which state outputs were made
+
+def code_of(text: str) -> str:
+    """The code of a Python text: no comments, no docstrings, no spaces and line breaks."""
+    parts, begins = [], True
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            begins = True                           # a string that stands alone says nothing
+        elif token.type not in (tokenize.NL, tokenize.COMMENT):
+            if not (begins and token.type == tokenize.STRING):
+                parts.append(token.string)
+            begins = False
+    return re.sub(r"[\s{}]", "", "".join(parts))    # Python 3.12 cuts f-strings, and their braces
+
+
+def made_from(notebook) -> dict[str, str]:
+    """Checksums of what a notebook's outputs come from: its cells' code, the scripts that it
+    imports and what these import, and the weights and tables that it names."""
+    root = Path(__file__).resolve().parents[1]
+    cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    named = set(re.findall(r"\w+", cells))
+    files = [root / "common.py", Path(__file__)]
+    files += [path for path in sorted(root.glob("*.py")) if path.stem in named - {"common"}]
+    found = {path.name: code_of(path.read_text()).encode() for path in files}
+    quoted = set(re.findall(r"\"(\w+)(?:\.pt)?\"", cells))
+    found |= {path.name: path.read_bytes() for path in sorted(WEIGHTS.glob("*.pt"))
+              if path.stem in quoted}
+    if "three_seeds" in named:
+        found[TABLES.name] = TABLES.read_bytes()
+    found["cells"] = code_of(cells).encode()
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in found.items()}
+
+
+def execute(path: Path) -> float:
+    """Execute a notebook in place, and note what its outputs were made from; the seconds taken."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    clock, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
+    made = made_from(notebook)
+    NotebookClient(notebook, timeout=3000, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in notebook.cells:                     # times of the run, and states of widgets
+        cell.metadata.pop("execution", None)
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["made_from"] = made
+    nbformat.write(notebook, path)
+    return time.perf_counter() - clock
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or sorted(Path(__file__).resolve().parent.glob("*.ipynb"))
+    for path in map(Path, chosen):
+        print(f"{path.name}: {execute(path.resolve()):.0f} s")

@@ -123,6 +123,27 @@ def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, execution):
     assert set((SCRIPTS / "notebooks").rglob("*")) == before
 
 
+@each_notebook
+def test_its_outputs_were_made_from_the_scripts_weights_and_cells_of_now(path):
+    """`python notebooks/helpers.py` executes the notebooks, and stores what this compares."""
+    sys.path.insert(0, str(SCRIPTS / "notebooks"))
+    from helpers import made_from
+    notebook = read(path)
+    stored, now = notebook.metadata.get("made_from", {}), made_from(notebook)
+    names = sorted(stored.keys() | now.keys())
+    changed = [name for name in names if stored.get(name) != now.get(name)]
+    assert not changed, f"changed since: {', '.join(changed)}; python notebooks/helpers.py {path}"
+
+
+def test_a_changed_comment_or_docstring_is_no_change_and_a_changed_number_is():
+    sys.path.insert(0, str(SCRIPTS / "notebooks"))
+    from helpers import code_of
+    text = '"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return f"{x + 1} a"     # a sum\n'
+    assert code_of(text) == code_of(text.replace("Doc", "Text").replace("# a sum", ""))
+    assert code_of(text) != code_of(text.replace("1", "2"))
+    assert code_of(text) != code_of(text.replace(" a\"", " b\""))
+
+
 if __name__ == "__main__":                      # conftest.py's `execution`
     target, *notebooks = map(Path, sys.argv[1:])
     for source in notebooks:
