@@ -236,6 +236,9 @@ def shell(main: Callable, name: str) -> None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
             text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
                     f"bf16, helps ({text})")
+        elif "DataLoader worker" in text or "shared memory" in text:
+            text = ("a data process was ended from outside, by a lack of memory or of /dev/shm "
+                    "perhaps; --workers 0 needs none")
         elif isinstance(error, RuntimeError):
             raise                               # a mistake of ours
         print(f"{name}.py: error: {text}", file=sys.stderr)
@@ -633,7 +636,8 @@ def to_ids(path: Path, raw: np.ndarray, palette: np.ndarray | None,
     if bad.size:
         raise UserError(f"{path}: label id {bad[0]}, expected {table.first}..{n - 1 + table.first}"
                         + f" or {table.unknown} for unknown" * (table.unknown is not None)
-                        + f"; correct the file or pass --classes {max(bad.max(), n) + 1}")
+                        + "; correct the file or, to train anew, pass --classes "
+                        + str(max(bad.max(), n) + 1))
     return ids
 
 
@@ -822,7 +826,7 @@ class Dataset(torch.utils.data.Dataset):
         if self.size is not None and min(self.size) < 32:
             raise UserError("--size {} {}: the streets need at least 32 x 32".format(*self.size))
         if class_table(self.classes or "streets") is not TABLES["streets"]:
-            raise UserError(f"--classes {self.classes}: the streets have classes of their own")
+            raise UserError(f"--classes {self.classes}: streets have their own; leave the flag out")
         first, n = self.STREETS[self.split]
         roles = (self.only,) if self.only else ("label", "instance", "image")
         self.layout = FolderLayout("streets", dict.fromkeys(roles, ""))
@@ -998,6 +1002,8 @@ class Dataset(torch.utils.data.Dataset):
                 halves = photo.chunk(2, 2) if role == "pair" else (photo, photo)
                 for key in keys:                 # AtoB: the left one is the input
                     item[key] = halves[(key == "image") == (self.direction == "AtoB")]
+        if len({part.shape[-2:] for part in item.values()}) > 1:
+            raise UserError(f"{path}: of another size than when the run began")
         return {"name": self.names[i]} | item
 
 
@@ -1208,11 +1214,6 @@ class Loader:
             yield from self.batches
         except UserError as error:              # a data process wraps it in its own traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-                raise
-            raise UserError(f"--workers {self.batches.num_workers}: a data process was ended, by a "
-                            "lack of memory or of /dev/shm perhaps; --workers 0 needs none")
 
     def speed(self) -> dict[str, str]:
         """Images per second, and the share of time spent waiting for them, since the last call."""
@@ -2425,8 +2426,8 @@ def segmentation_scores(confusion: Tensor) -> dict[str, float]:
 def load_file(path: Path, cure: str) -> dict:
     """torch.load of plain tensors and built-in types only: a checkpoint cannot run code here."""
     if not path.is_file():
-        why = "a folder; name a file, as checkpoint.pt" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {why}; {cure}")
+        raise UserError(f"{path}: {'name a file in it' if path.is_dir() else 'no such file'}"
+                        f"; {cure}")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                  # pickle, zip and eof errors share no narrower class
@@ -2450,7 +2451,7 @@ def save_file(content: dict, path: Path) -> None:
     """
     if not finite(content):
         raise UserError(f"{path}: not saved, since weights are nan or infinite; the last good one "
-                        "is kept. A smaller --lr may help")
+                        "is kept. Try a smaller --lr anew, not with --resume")
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

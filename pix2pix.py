@@ -734,7 +734,7 @@ def evaluate(cfg: Config, state: State) -> dict:
     worst = sorted(range(len(l1)), key=lambda i: -l1[i])[:8]                          # Fig. 21
     save_images(torch.cat([tiles[i] for i in worst]), out / "worst.png", nrow=6)
     plot_histograms(histograms, out / "histograms.png")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
     return metrics
 
 
@@ -865,9 +865,9 @@ class Run:
             self.log = stored["log"]
         elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
-        elif cfg.out:
-            common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
-                            ("samples",))
+        else:
+            common.writable("--out", Path(cfg.out or f"runs/{NAME}"),
+                            loader.examples.reads | test_set.reads, ("samples",))
         if loader.step >= loader.total:
             raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
@@ -924,7 +924,7 @@ class Run:
             mean = dict(zip(losses, torch.stack(self.pending).mean(0).tolist()))
             if not np.isfinite(list(mean.values())).all():
                 raise UserError(f"step {loader.step}: {mean}: stopped; the last good checkpoint is "
-                                "kept. A smaller --lr may help")
+                                "kept. Try a smaller --lr anew, not with --resume")
             self.log.append({"step": loader.step, "epoch": loader.epoch} | loader.speed()
                             | {name: f"{value:.5g}" for name, value in mean.items()})
             self.pending = []
@@ -951,12 +951,12 @@ class Run:
         if dead and last.exists() and not alive.exists():
             shutil.copyfile(last, alive)
             self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
-                           f"saturated. {alive} is the checkpoint before; a smaller --lr may help")
+                           f"saturated. {alive} is the last before; try a smaller --lr anew")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
             "script": NAME, "config": asdict(self.cfg), "log": self.log,
             "place": self.loader.state_dict()}, last)
-        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
+        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2, allow_nan=False))
         if row:
             plot_log(self.log, out)
             self.bar.write("  ".join(f"{name} {value}" for name, value in row.items()))
@@ -992,6 +992,8 @@ def run_folder(out: str, kind: str) -> str:
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
     path.mkdir(parents=True, exist_ok=bool(out))
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out {path}: may not be written; name another --out")
     return str(path)
 
 

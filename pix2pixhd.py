@@ -1077,8 +1077,8 @@ def keep_styles(cfg: Config, state: State, path: Path) -> None:
     """The mode encode: the styles, into the checkpoint that the encoder is of."""
     stored = common.load_file(path, f"train first, or name a checkpoint of {NAME}.py")
     if state.encoder is None or "script" not in stored:
-        raise UserError(f"{path}: has no encoder (--features 3), or is the authors' file, which "
-                        "cannot hold styles; start a run from it with --init")
+        raise UserError(f"{path}: has no encoder; train with --features 3. The authors' files "
+                        "have one but cannot hold styles; start a run from them with --init")
     encode(cfg, state)
     common.save_file(stored | {"styles": state.styles}, path)
 
@@ -1308,7 +1308,7 @@ def evaluate(cfg: Config, state: State) -> dict:
     metrics = {row: common.segmentation_scores(counts) for row, counts in confusion.items()}
     metrics["images"] = len(test_set)
     report(metrics)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
     return metrics
 
 
@@ -1422,9 +1422,9 @@ class Run:
             self.log = stored["log"]
         elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
             raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
-        elif cfg.out:
-            common.writable("--out", Path(cfg.out), loader.examples.reads | test_set.reads,
-                            ("samples",))
+        else:
+            common.writable("--out", Path(cfg.out or f"runs/{NAME}"),
+                            loader.examples.reads | test_set.reads, ("samples",))
         if loader.step >= loader.total:
             raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
@@ -1481,7 +1481,7 @@ class Run:
             mean = dict(zip(losses, torch.stack(self.pending).mean(0).tolist()))
             if not np.isfinite(list(mean.values())).all():
                 raise UserError(f"step {loader.step}: {mean}: stopped; the last good checkpoint is "
-                                "kept. A smaller --lr may help")
+                                "kept. Try a smaller --lr anew, not with --resume")
             self.log.append({"step": loader.step, "epoch": loader.epoch} | loader.speed()
                             | {name: f"{value:.5g}" for name, value in mean.items()})
             self.pending = []
@@ -1508,12 +1508,12 @@ class Run:
         if dead and last.exists() and not alive.exists():
             shutil.copyfile(last, alive)
             self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
-                           f"saturated. {alive} is the checkpoint before; a smaller --lr may help")
+                           f"saturated. {alive} is the last before; try a smaller --lr anew")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
                           for name, value in vars(self.state).items()} | {
             "script": NAME, "config": asdict(self.cfg), "log": self.log,
             "place": self.loader.state_dict()}, last)
-        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2))
+        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=2, allow_nan=False))
         if row:
             plot_log(self.log, out)
             self.bar.write("  ".join(f"{name} {value}" for name, value in row.items()))
@@ -1549,6 +1549,8 @@ def run_folder(out: str, kind: str) -> str:
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
     path.mkdir(parents=True, exist_ok=bool(out))
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out {path}: may not be written; name another --out")
     return str(path)
 
 

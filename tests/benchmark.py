@@ -285,7 +285,7 @@ COLUMNS = {
     "sharp": "mean |Laplacian| over that of true photos: 1 is right, below is blurred, above noisy;"
              "\n           without the sensor's grain, which few models make, see that row",
     "least": "sharp of the class where it is least", "of": "that class",
-    "Frechet": "distance of pictures to photos, by the judge's features, where --frechet asks for it",
+    "Frechet": "distance of pictures to photos in the judge's features, if --frechet asks for it",
     "colours": "energy distance of regions' mean colours to the law, over the law's own spread,\n"
                "           mean over the classes: 0 is right, by chance a little below it",
     "variance": "of pixels over the samples of one layout, over that of the law: 1 is right",

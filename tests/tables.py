@@ -177,7 +177,7 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
             importlib.import_module(table.script).main(
                 ["evaluate", "--out", str(out), "--gpu", str(options.gpu)])
             found = json.loads((out / "metrics.json").read_text())["output"]
-        kept.write_text(json.dumps({m: found[m] for m in table.measures}))
+        kept.write_text(json.dumps({m: found[m] for m in table.measures}, allow_nan=False))
     return json.loads(kept.read_text())
 
 

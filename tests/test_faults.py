@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock, Mock, patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -170,16 +170,16 @@ faults("not a folder|no such folder", T, (put("x", "hello"), X, "--data x"), (X,
 faults("no known layout; looked for", (r"--data (\S+): .* train_label/\*", sound),
        (put("x/.DS_Store"), X), ([image("x/one/a.png", photo()), put("x/readme.md")], X, "one/",
        "readme.md"), (moved("data", "x/data"), X, "data/"))
-pix("photos only, in the folder itself", ("(--task colorization)",),
+pix("photos only, for pix2pix.py", ("(--task colorization)",),
     "{train} --data data/train_img --steps 1 --out r")
-pix("photos only, in the folder itself", (r"--data (\S+): .* belong into its (train)/", lambda data,
+pix("photos only, for pix2pix.py", (r"--data (\S+): .* belong into its (train)/", lambda data,
     split: moved(data, f"y/{split}")() or moved("y", data)()), (photos(64, "."),
     f"{X} --task pairs"))
 faults("is not read; save as PNG", (FILE, as_png), ([put("x/train_label/0.npy"),
        image("x/train_img/0.png", photo())], "check --data x --out o"))
-faults("and here {} files are needed", again, (gone("data/*_img"), T, "--data data", "image"))
-lab("and here {} files are needed", again, (gone("data/test_inst"), T, "--data data", "instance"))
-faults("and here {} files are needed", T, (photos(64, "train", "test"), X, "--data x", "label"),
+faults("{} files are needed, its", again, (gone("data/*_img"), T, "--data data", "image"))
+lab("{} files are needed, its", again, (gone("data/test_inst"), T, "--data data", "instance"))
+faults("{} files are needed, its", T, (photos(64, "train", "test"), X, "--data x", "label"),
        only=("crn_imle", "lab2pix"))
 pix("another --task may do without", ("(--task)", "{line} {0} pairs"), (photos(64, "train", "test"),
     f"{X} --task photo2labels"))
@@ -194,13 +194,13 @@ faults("no {} of the same name", again, (gone("data/train_inst/1.png"), T,
 for cure in (lambda path: Path(path).unlink(), lambda path: Path(path).rename("data/new.png")):
     faults("the same example as", (FILE, cure), (image("data/train_img/0.jpg", photo()), T,
            "data/train_img/0.png"))
-faults("but nothing in its {} split", again, (gone("data/train_*"), T, "--data data", "train"))
+faults("{} with an empty {} split", again, (gone("data/train_*"), T, "--data data", "train"))
 faults("sizes differ (height, width)", again, (image("data/train_img/1.png", photo(40, 47)), T,
        "train_", "1.png", "47", "48"))
 pix("has no B in its {} split", "{line} --direction AtoB", (photos(32, "trainA", "trainB", "testA"),
     f"{X} --task pairs --direction BtoA"))
-pix("not two images side by side", ("(--task colorization)",), (photos(63, "train", "test"), X))
-pix("not two images side by side", (r"halves into (trainA)/ and (trainB)/",
+pix("like two images side by side", ("(--task colorization)",), (photos(63, "train", "test"), X))
+pix("like two images side by side", (r"halves into (trainA)/, (trainB)/",
     lambda *halves: [do(photos(32, half)) for half in halves]), (photos(63, "train"),
     f"{X} --task pairs"))
 
@@ -216,25 +216,26 @@ BROKEN = {
     "a program in PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\nshowpage\n"}
 for content in BROKEN.values():
     for kind, only in (("img", NAMES), ("label", NAMES), ("inst", WITH_INSTANCES)):
-        faults("save it as PNG, or download it again|save as 8-bit grey PNG", (FILE, as_png), (
-            put(f"data/train_{kind}/0.png", content), T, f"data/train_{kind}/0.png"), only=only)
+        faults("save it as PNG, or download it again|a part of it would be lost; save as", (
+            FILE, as_png), (put(f"data/train_{kind}/0.png", content), T,
+                            f"data/train_{kind}/0.png"), only=only)
 faults("bad file(s), listed above", (r"BAD (\S+): ", as_png), (put("data/train_img/4.png",
        BROKEN["half a PNG"]), C, "--data data"))
-faults("a part of it would be lost; save as PNG", (FILE, as_png), ([gone("data/train_img/0.png"),
+faults("a part of it would be lost; save as", (FILE, as_png), ([gone("data/train_img/0.png"),
        put("data/train_img/0.jpg", encoded("JPEG", "CMYK"))], T, "data/train_img/0.jpg"))
 faults("more than 8 bit per pixel", (FILE, as_png), (image("data/train_img/0.png",
        ids(kind=np.uint16, first=999)), T, "data/train_img/0.png"))
-faults("map: its ids may have changed; save as 8-bit grey PNG", (FILE, as_png),
+faults("a part of it would be lost; save as", (FILE, as_png),
        ([gone("data/train_label/0.png"), image("data/train_label/0.jpg", ids())], T))
 faults("colours are not in the dataset's palette", (FILE, as_png), (image("data/train_label/0.png",
        photo()), f"{C} --classes cityscapes"))
 faults("a colour label map, in the palette of no known", (FILE, as_png),
        (image("data/train_label/0.png", photo()), T))
-faults("has another colour than in other files", (FILE, as_png),
+faults("class, than in other files", (FILE, as_png),
        ([image(f"data/train_label/{i}.png", in_palette(i)) for i in (0, 1)], T))
 faults("a mask; divide it by", (r"divide it by (\d+)", lambda n: labels(lambda x: x // int(n))()),
        (labels(lambda x: 255 * (x > 5)), T))
-faults("masks of 0 and 255, divide by 255", (r"divide by (\d+)",
+faults("divide masks of 0 and 255 by 255", (r"255 by (\d+)",
        lambda n: labels(lambda x: x // int(n))()), (labels(lambda x: 255 * (x > 5)),
        f"{C} --classes 12"))
 faults("occur, hardly ids of classes", (r"(--classes \d+)",), (labels(lambda x: 9 * x), T))
@@ -243,33 +244,34 @@ faults("occur, hardly ids of classes", (r"renumber them from (0)", again), (labe
 faults("correct the file or", (r"(--classes \d+)",), f"{T} --classes 3")
 faults("correct the file or", (FILE, as_png), (image("data/train_label/3.png",
        ids(first=5)), f"{T} --classes 12"))
-faults("there is nothing to learn", again, (labels(lambda x: 0 * x + 255), f"{C} --classes 12"))
+faults("no class that is {} occurs", again, (labels(lambda x: 0 * x + 255), f"{C} --classes 12"))
 faults("neither a number nor one of", (r"one of (\w+)", "{line} --classes {0}"), f"{C} --classes x")
-faults("if the ids mean the same, say", (r"(--classes \d+)",), (cityscapes,
+faults("if ids mean the same, say", (r"(--classes \d+)",), (cityscapes,
        f"sample {RUN} --data city --output o --limit 1 --samples 1", "city", "12"), (cityscapes,
        f"{ON} --data city", "city", "12"))
 CITY = "{train} --data city --steps 1 --out c --classes"
-faults("no class that is scored occurs", ("read as (--classes)", f"{CITY} 12 --out d ; "
+faults("no class that is {} occurs", ("read as (--classes)", f"{CITY} 12 --out d ; "
        f"evaluate --out d {SCORER}"), ([lambda: cityscapes(ids() // 2), f"{CITY} cityscapes"],
        f"evaluate --out c {SCORER}"), only=WITH_SCORES)
 faults("is of a class that is scored, so that scores", ("--classes", lambda: common.
        segmentation_scores(torch.eye(2))), lambda: common.segmentation_scores(torch.zeros(2, 2)))
 faults("the streets need at least", (r"least (\d+) x (\d+)", "{line} --size {0} {1}"),
        "check --size 16 16 --limit 2 --out o")
-faults("the streets have classes of their own", "check --limit 2 --out o",
+faults("streets have their own", ("leave the flag out", "check --limit 2 --out o"),
        "check --classes 9 --limit 2 --out o")
 
 # ------------------------------------------------------------------------------ Faults: checkpoints
 
 S = "sample --checkpoint x.pt --gpu -1"
 OK = f"sample {RUN} --limit 1 --samples 1 --output o"
-faults("a folder; name a file in it", (r"like (\S+);", "sample --checkpoint {0} --gpu -1 "
-       "--limit 1 --samples 1"), (moved("run", "x.pt"), S, "x.pt", "checkpoint.pt"))
 named = ("name a checkpoint of", OK)
+NO_FILE = "name a file in it no such file"
+faults(NO_FILE, ("name a file", "sample --checkpoint x.pt/checkpoint.pt --gpu -1 --limit 1 "
+       "--samples 1"), (moved("run", "x.pt"), S, "x.pt"))
 faults("train first, or name a checkpoint", ("train first", f"{T.replace('--out r', '')} ; sample"
        " --gpu -1 --limit 1 --samples 1"), ("sample --gpu -1", "runs/"),
        ("evaluate --gpu -1", "runs/"), ("--resume --steps 9", "runs/"))
-faults("no such file", named, (S, "x.pt"), (f"{T} --init x.pt", "x.pt"), ("--resume --out nowhere",
+faults(NO_FILE, named, (S, "x.pt"), (f"{T} --init x.pt", "x.pt"), ("--resume --out nowhere",
        "nowhere/checkpoint.pt"))
 for make in (put("x.pt", "step,loss\n1,2\n"), put("x.pt"), half("run/checkpoint.pt", "x.pt"),
              put("x.pt", pickle.dumps({"script": Trap()}, 2)), changed("x.pt", place=Trap())):
@@ -304,7 +306,7 @@ def ours(*names: str) -> dict:
 
 
 V = "{train} --steps 1 --out r --vgg"
-for title, spoil, vgg in (("no such file", (), "gone.pt"), ("damaged, or not plain weights", saved(
+for title, spoil, vgg in ((NO_FILE, (), "gone.pt"), ("damaged, or not plain weights", saved(
         {"features.0.weight": Trap()}, "vgg.pt"), "vgg.pt")):
     faults(title, ("(--vgg random)",), (spoil, f"{V} {vgg} {{vgg}}", vgg), only=WITH_VGG)
 faults("holds no weights of VGG-16 or VGG-19", ("(--vgg random)",),
@@ -317,9 +319,9 @@ def no_network() -> None:
         common.read_vgg(19, "imagenet")
 
 
-crn("use --vgg FILE|--vgg imagenet: {} cannot be had", (r"use (--vgg) FILE \(torchvision's VGG-"
-       r"16.*or --vgg (random)", lambda _, word: common.read_vgg(19, word)), no_network)
-crn("use torchvision's VGG-16", (r"VGG-(\d+)",
+crn("use --vgg small|--vgg imagenet: {} cannot be had", (r"use --vgg (small), --vgg (random), or --"
+    "vgg FILE", lambda *words: [common.read_vgg(19, word) for word in words]), no_network)
+crn("not {}; use VGG-16", (r"VGG-(\d+)",
     lambda depth: common.vgg_weights(common.vgg_trunk(16), vgg_of(int(depth), 64))),
     lambda: common.vgg_weights(common.vgg_trunk(16), vgg_of(16, 4)))
 
@@ -361,7 +363,7 @@ faults("{} {}: must be {}", (r"(--[\w-]+) \S+: must be (\d\S*?)(\.\.|$| or)", "{
 faults("{} {}: must be {}", ("(--steps)", "{line} {0} 1"), (f"{T} --steps -3", "--steps -3"))
 faults("choose one of", (r"choose one of ([\w-]+)", "{line} --preset {0}"),
        (f"{C} --preset largest", "--preset", "largest"))
-for name, why in (("pix2pix", "32, G halves each side"), ("crn_imle", "the modules halve"),
+for name, why in (("pix2pix", "G halves each side {} times, D"), ("crn_imle", "the modules halve"),
                   ("pix2pixhd", "22{}, G halves each"), ("lab2pix", "doublings, each")):
     faults(f"{why}|so both sides must be", (r"the nearest is (--size \d+ \d+)$",),
            f"{T} --size 33 70", only=(name,))
@@ -370,7 +372,7 @@ faults("a step needs {} images", (r"training has (\d)", "{line} --batch-size {0}
        f"{T} --batch-size 6", only=WITH_SCORES)
 faults("holds a run already", ("(--resume)", "{0} --out run --steps 3"),
        "{train} --steps 9 --out run")
-faults("finished at step", ("larger (--epochs) or (--steps)", "--resume --out run {1} 3"),
+faults("ended at step", ("raise (--epochs) or (--steps)", "--resume --out run {1} 3"),
        "--resume --out run --steps 2")
 faults("{} {} contradicts {}", ("leave the flag out", "--resume --out run --steps 3"),
        (f"{ON} --lr 0.1", "--lr 0.1"), (f"{ON} --seed 7", "--seed 7", "0"), (f"{ON} --size 64 96",
@@ -417,7 +419,7 @@ faults("makes them alike", (r"(--size \d+ \d+)",), (image("a.png", ids(160, 192)
 
 # ------------------------------------------------------------- Faults: what one paper's run has
 
-pix("for which --size {} {} is too small", (r"(--size \d+ \d+) would do",), f"{T} --patch 142")
+pix("G halves each side {} times, D", (r"(--size \d+ \d+)$",), f"{T} --patch 142")
 hd("--epochs 0: leaves", (r"an (--init)", "{line} {0} run/checkpoint.pt"),
    f"{T} --size 64 64 --enhancers 1 --epochs 0 --enhancer-epochs 0 9")
 hd("would move a stage", ("leave it out", "--resume --out s --steps 4"),
@@ -426,7 +428,7 @@ hd("would move a stage", ("leave it out", "--resume --out s --steps 4"),
 hd("so both sides must be", (r"the nearest is (--crop \d+ \d+)$",), f"{T} --crop 17 16")
 PLAIN = f"{T} --features 0 --out o"                        # a run without an encoder
 for line in ("encode", "sample --samples 2"):
-    faults("has no encoder (--features 3)|no encoder: a label map has one", (
+    faults("has no encoder; train with|no encoder: a label map has one", (
         "(--features 3)", f"{T} {{0}} --out p ; {line} --out p"), ([PLAIN], f"{line} --out o"),
            only=HD)
 hd("encode keeps them", ("(encode) keeps them", f"{{0}} {RUN} ; {{line}}"),
@@ -453,8 +455,8 @@ crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([i
     ids()), image("x/b.png", ids(64, 64))], f"transfer {RUN} --input x --output o"))
 lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
 lab("--ups {}: must be", (r"(--ups) \d+: must be (\d)", "{line} {0} {1}"), f"{C} --ups 3")
-lab("--task {}: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
-    f"{C} --task edges")
+lab("--task sketch: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
+    f"{C} --task sketch")
 lab("they need --pg", ("need (--pg)",), f"{C} --version V1 --no-pg")
 lab("--preset or --ablation is {}'s", (r"is (V\d)'s", "{line} --version {0}"),
     f"{C} --version V2 --preset V1-cityscapes")
@@ -467,10 +469,9 @@ lab("this network has no noise, so one", ("so (one) image", "{line} --samples 1"
 
 
 def killed_worker() -> None:
-    loader = common.Loader(common.Dataset("data", size=(32, 32)), 1, 1, torch.device("cpu"))
-    loader.batches = MagicMock(num_workers=1)
-    loader.batches.__iter__.side_effect = RuntimeError("DataLoader worker (pid 7) is killed")
-    next(iter(loader))
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+        common.shell(Mock(side_effect=RuntimeError("DataLoader worker (pid 7) is killed")), "x")
+    raise common.UserError(said.getvalue())
 
 
 def busy(**env: str) -> None:
@@ -489,13 +490,14 @@ pix("data process was ended from outside", ("(--workers 0) needs none", f"{T} {{
 # errors of which the file or the value that they begin with is the whole matter, and notices.
 ELSEWHERE = {
     "to go on: python": "test_a_signal_ends_the_step_saves_and_loses_nothing",
-    "this run looks dead": "test_a_run_that_died_in_finite_numbers_says_so_and_keeps_the_last_good",
+    "looks dead: D's": "test_a_run_that_died_in_finite_numbers_says_so_and_keeps_the_last_good",
     "check its permissions": "test_what_may_not_be_read_or_written",
     "may not be written; name another": "test_what_may_not_be_read_or_written",
     "not saved, since weights are nan": "test_nan_is_never_saved",
     ": stopped; the last good checkpoint": "test_nan_is_never_saved",
     "cannot be written ({}); the last good": "test_a_disk_that_is_full_half_way"}
-NO_CURE = ("{}", "bad files){}", "has no {} files")
+NO_CURE = ("{}", "bad files){}", "has no {} files",
+           "of another size than when the run began")
 
 
 # ------------------------------------------------------------------ The user, and what is looked at
