@@ -229,9 +229,6 @@ def test_what_a_split_has_no_files_of_its_items_lack(layout, roles, lacks, tmp_p
     assert test.require(roles[0]) is test and test.require(None) is test
     with refused(tmp_path, lacks, "--no-edges"):
         test.require(lacks, "--no-edges does without")
-    assert test.find_example("")["name"] == test.find_example(test.names[0])["name"]
-    with refused("--item gone", test.names[0]):
-        test.find_example("gone")
     assert test.fingerprint() == Dataset(str(tmp_path), "test", size=(8, 8)).fingerprint()
     assert test.fingerprint() != Dataset(str(tmp_path), "test", limit=1).fingerprint()
 
