@@ -1,4 +1,4 @@
-"""common.py, rooms 1 to 5: numbers typed, class tables, files, Dataset and the data doctor.
+"""common.py, rooms 1 to 5: class tables, files, Dataset and the data doctor.
 
 Every file is written by the test. The number of an example is written into its pixels, so a wrong
 pair is seen by its values, whatever the files are called. The rules are DESIGN's, section 5.
@@ -11,7 +11,6 @@ import os
 import random
 import re
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +40,6 @@ def number_of(image: torch.Tensor) -> float:
     return float((image[0].mean() + 1) * 127.5 - 10) / 20
 
 
-def example(root: Path, name, label, image=None, instance=None) -> None:
-    """One training example in pix2pixHD's layout, whose classes are counted."""
-    label = np.asarray(label)
-    save(root / f"train_label/{name}.png", label)
-    save(root / f"train_img/{name}.png", photo(1, label.shape) if image is None else image)
-    if instance is not None:
-        save(root / f"train_inst/{name}.png", instance)
-
-
 def packed_png(ids: np.ndarray, depth: int) -> bytes:
     """A grey PNG of 1, 2 or 4 bits; the last two Pillow does not write."""
     bits = np.stack([ids >> k & 1 for k in reversed(range(depth))], 2).reshape(len(ids), -1)
@@ -75,27 +65,6 @@ def palette_png(ids: np.ndarray, colours: np.ndarray | None = None) -> Image.Ima
     image.putpalette([(7 * i + 3 * c) % 256 for i in range(256) for c in range(3)]
                      if colours is None else np.asarray(colours).ravel().tolist())
     return image
-
-
-# ----------------------------------------------------------------------------------- settings
-
-@dataclass
-class Config:
-    gpu: int | None = common.setting(None, "which")
-    size: tuple[int, int] = common.setting((1, 1), "how large")
-    lr: float = common.setting(0.1, "how fast")
-
-
-@pytest.mark.parametrize("line, value", [
-    ("--gpu mps", "a CUDA number, or -1 for the CPU; Apple GPUs are not supported"),
-    ("--gpu -1", -1), ("--size 2.5 3", "--size 2.5: must be a whole number, in digits"),
-    ("--size 1e3 3", "whole number"), ("--lr 1e-3", 0.001), ("--lr fast", "fast: must be a "),
-    ("--gpu 12345678901234567890", 12345678901234567890)])
-def test_numbers_are_taken_as_typed_or_refused_in_plain_words(line, value):
-    words = line.split()
-    with refused(words[0], value) if isinstance(value, str) else contextlib.nullcontext():
-        given = common.parse(words, Config, "name", ("train",), "")[1]
-        assert given == {words[0].strip("-"): value}
 
 
 # ------------------------------------------------------------------------------- class tables
@@ -260,9 +229,6 @@ def test_what_a_split_has_no_files_of_its_items_lack(layout, roles, lacks, tmp_p
     assert test.require(roles[0]) is test and test.require(None) is test
     with refused(tmp_path, lacks, "--no-edges"):
         test.require(lacks, "--no-edges does without")
-    assert test.find_example("")["name"] == test.find_example(test.names[0])["name"]
-    with refused("--item gone", test.names[0]):
-        test.find_example("gone")
     assert test.fingerprint() == Dataset(str(tmp_path), "test", size=(8, 8)).fingerprint()
     assert test.fingerprint() != Dataset(str(tmp_path), "test", limit=1).fingerprint()
 
@@ -291,10 +257,6 @@ def test_streets_are_the_dataset_without_a_folder():
     item["label"].fill_(3)                           # an item is the reader's to change
     assert torch.equal(train[0]["label"], before)
     assert set(Dataset(only="label", size=(32, 32))[0]) == {"label", "name"}
-    with refused("--size 16 64", "32"):
-        Dataset(size=(16, 64))
-    with refused("--classes 5"):                     # their ids run to 11
-        Dataset(size=(32, 32), classes="5")
 
 
 @pytest.mark.parametrize("lists, trained, tested", [
@@ -324,9 +286,6 @@ def test_names_that_end_in_their_role(ends, tmp_path):
     dataset = Dataset(str(tmp_path))
     assert set(dataset[0]) == {"label", "image", "instance", "name"}
     assert dataset.names == ["a"]
-    save(tmp_path / "train_label" / "a.png", grey(2))
-    with refused("train_label/a_label.png", "train_label/a.png", "rename"):
-        Dataset(str(tmp_path))
 
 
 def test_a_folder_per_sequence_is_a_part_of_the_name(tmp_path):
@@ -372,9 +331,9 @@ def label_set(root: Path, contents, names="{}", label="train_label", image="trai
     return str(root)
 
 
-def spots(ids, n: int = 6, seed: int = 0, kind: type = np.uint8) -> list[np.ndarray]:
+def spots(ids, n: int = 6, seed: int = 0) -> list[np.ndarray]:
     """n label maps, in each of which all ids occur."""
-    rng = np.random.default_rng(seed)
+    rng, kind = np.random.default_rng(seed), np.uint16 if max(ids) > 255 else np.uint8
     return [rng.permutation(np.resize(ids, 192)).reshape(12, 16).astype(kind) for _ in range(n)]
 
 
@@ -386,9 +345,10 @@ COCO = [0, 5, 40, 91, 100, 112, 123, 139, 145, 150, 156, 160, 168, 171, 177, 181
 @pytest.mark.parametrize("folders, names, ids, classes", [
     (GTA, "{:05d}", STREET, "cityscapes"), (GTA, "{}", range(6), "6"), (GTA, "{}", range(24), "24"),
     (GTA, "{}", [k for k in range(30) if k % 7], "30"),        # no street is so even
-    ({}, DIGITS, COCO, "coco_stuff"), ({}, DIGITS, [*range(10), 255], "10"), ({}, DIGITS,
-                                                                              STREET + [0, 1, 2, 3,
-                                                                              4, 5, 6], "34"),
+    ({}, DIGITS, COCO, "coco_stuff"), ({}, DIGITS, [*range(10), 255], "10"),
+    ({}, DIGITS, STREET + [*range(7)], "34"), ({}, "{}", [3, 6, 255], "7"),
+    ({}, "{}", [0, 1, 2, 3, 65535], "4"),
+    ({}, "{}", [*range(20), *range(150, 290), 255, 299, 65535], "300"),
     ({}, "{}", COCO[:-1] + list(range(100)), "182"),           # no names that speak for COCO
     ({}, CITYSCAPES_NAMES, STREET, "cityscapes"), ({}, CITYSCAPES_NAMES, [7, 26], "cityscapes"),
     ({}, CITYSCAPES_NAMES, [*range(19), 255], "cityscapes_train"),
@@ -398,48 +358,22 @@ COCO = [0, 5, 40, 91, 100, 112, 123, 139, 145, 150, 156, 160, 168, 171, 177, 181
     (dict(label="trainannot", image="train"), "{}", range(12), "camvid"),
     (dict(label="annotations/training", image="images/training"), "{}", range(9), "9"),
     (dict(label="base", image="base"), "{}", range(5), "5")])
-def test_contents_decide_what_ids_mean(folders, names, ids, classes, tmp_path, capsys):
+def test_contents_decide_what_ids_mean(folders, names, ids, classes, tmp_path):
     root = label_set(tmp_path, spots(ids), names, **folders)
     if "base" in folders.values():
         for path in tmp_path.glob("base/*.png"):
             save(path.with_suffix(".jpg"), photo(1))
             save(path, spots(ids, 1)[0])
     dataset = Dataset(root)
-    assert dataset.classes == classes
-    common.describe(dataset)
-    said = capsys.readouterr().out
-    n = len(dataset.table.names)
-    assert f"taken as {classes}: {n} classes; --classes says otherwise" in said
-    other = Dataset(root, classes="256")
-    assert other.classes == "256" and other.table.channels == 257
-    assert dataset.found in (classes, "")
-    if dataset.found:                                  # an id would mean another class
-        with refused(classes, "256", "--classes 256"):
-            common.same_classes(other, "256")
-    else:
-        common.same_classes(other, "256")
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda root: save(root / "train_img" / "7.png", photo(1, (9, 16))), ["7.png", "sizes differ"]),
-    (lambda root: (root / "train_img" / "7.png").write_bytes(b""), ["7.png", "cannot be read"]),
-    (lambda root: (root / "train_img" / "7.png").write_text("no image"), ["7.png", "PNG"]),
-    (lambda root: (root / "train_img" / "7.png").unlink(), ["7.png", "no image of the same name"]),
-    (lambda root: save(root / "train_img" / "7.png", np.uint16(grey(9))), ["7.png", "8 bit"]),
-    (lambda root: save(root / "train_label" / "7.png", grey(1), format="BMP"), ["7.png", "BMP"])])
-def test_every_header_is_read_at_the_start(spoil, words, tmp_path, monkeypatch):
-    root = label_set(tmp_path, spots(range(5), 8))
-    monkeypatch.setattr(Dataset, "SAMPLE", 2)
-    Dataset(root)
-    spoil(tmp_path)
-    with refused(*words):
-        Dataset(root)
+    assert dataset.classes == classes and dataset[0]["label"].max() < dataset.table.channels
+    assert Dataset(root, classes="400").classes == "400"
 
 
 def test_headers_are_read_without_pixels_and_all_faults_are_told(tmp_path, monkeypatch, capsys):
     """2975 Cityscapes photos must not be decoded before training starts."""
     from PIL import ImageFile
     decoded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(Dataset, "SAMPLE", 3)
     root = label_set(tmp_path, spots(range(5), 20))
     monkeypatch.setattr(ImageFile.ImageFile, "load",
                         lambda self: decoded.append(self) or load(self))
@@ -489,23 +423,6 @@ def test_plain_photos_are_not_cut_in_halves(kind, width, pairs, tmp_path):
         return
     with refused("0.png", "side by side", "trainA/", "--task"):
         Dataset(str(tmp_path))
-    assert len(Dataset(str(tmp_path), photos_only=True)) == 5        # as the cure says
-    for k, side in itertools.product(range(5), "AB"):
-        save(tmp_path / f"train{side}" / f"{k}.png", drawn(kind, width // 2, k))
-    assert len(Dataset(str(tmp_path))) == 5
-
-
-@pytest.mark.parametrize("files, words", [
-    (["train_A/0.npy", "train_B/0.npy"], ["0.npy", "save as PNG"]), ([], ["found nothing"]),
-    (["0.png", "1.png"], ["photos only", "--task colorization", "train/"]),
-    (["x/one/a.png", "readme.md"], ["no known layout", "readme.md", "x/"])])
-def test_folders_that_are_no_data_set(files, words, tmp_path):
-    for name in files:
-        save(tmp_path / name, photo(1), format="PNG")
-    with refused(*words):
-        Dataset(str(tmp_path))
-    with refused(tmp_path / "gone", "no such folder"):
-        Dataset(str(tmp_path / "gone"))
 
 
 # --------------------------------------------------------- rule 2: label and instance maps are PNG
@@ -600,11 +517,6 @@ def test_colour_label_map_in_the_known_palette(tmp_path):
     label = read_label(save(tmp_path / "l.png", array), class_table("camvid"))
     assert np.array_equal(label, np.tile([3, 0, 8, 11], (5, 1)))
     assert Dataset(label_set(tmp_path, [array])).classes == "camvid"      # whatever the layout
-    array[0, 0, :3], array[1, 1, :3] = (1, 2, 3), (250, 128, 64)
-    with refused("l.png", "(1, 2, 3)", "(250, 128, 64)", "palette", "2"):
-        read_label(save(tmp_path / "l.png", array), class_table("camvid"))
-    with refused("0.png", "colour", "8-bit grey PNG"):
-        Dataset(label_set(tmp_path, [array]))
 
 
 @pytest.mark.parametrize("classes, raw, want", [
@@ -630,17 +542,6 @@ def test_an_id_outside_names_file_value_and_a_cure_that_cures(classes, value, cu
     assert Dataset(root, classes=cure)[0]["label"].max() == max(value, 1)
 
 
-@pytest.mark.parametrize("ids, classes", [
-    ([0, 1, 2, 3, 65535], "4"), ([0, 1, 255], "2"), ([3, 6, 255], "7"), ([0, 1, 2], "3"),
-    ([*range(240)], "240"), ([0, 255, 299, 65535, *range(150, 290), *range(20)], "300")])
-def test_classes_are_counted_where_nothing_names_them(ids, classes, tmp_path):
-    kind = np.uint16 if max(ids) > 255 else np.uint8
-    maps = [np.resize(ids, (40, 40)).astype(kind)] * 2
-    dataset = Dataset(label_set(tmp_path, maps))
-    assert dataset.classes == classes and not dataset.found
-    assert dataset[0]["label"].max() <= int(classes)
-
-
 SOFT = np.clip(np.mgrid[:64, :64][1] * 30 - 900, 0, 255)      # mostly 0 or 255, an edge between
 
 
@@ -658,17 +559,6 @@ def test_ids_that_can_hardly_be_meant_are_refused_with_cures(array, word, cure, 
     assert Dataset(root, classes=classes)
     if cure:
         assert Dataset(label_set(tmp_path, [cure(array)] * 2)).classes == "2"
-
-
-def test_numbers_that_mean_nothing_are_said_or_refused(tmp_path, capsys):
-    """--classes 2 with 0/255 masks: without a word all of class 1 would be trained as unknown."""
-    Dataset(label_set(tmp_path / "a", [np.uint8(255 * (IDS > 4))]), classes="2")
-    assert "mask" in capsys.readouterr().out
-    with refused(tmp_path, "unknown", "id 255"):
-        Dataset(label_set(tmp_path / "b", [grey(255)]), classes="2")
-    root = label_set(tmp_path / "c", spots([0, 1, 4, 5, 9, 29]), CITYSCAPES_NAMES)
-    with refused("no class that is scored", "--classes"):
-        Dataset(root).require_scored()
 
 
 @pytest.mark.parametrize("others, last, scored", [([0, 1, 4], [0, 26], True), ([0], [0, 1], False)])
@@ -781,15 +671,11 @@ def test_no_damage_ends_in_a_traceback(kind, tmp_path):
 
 # ------------------------------------------------------------------------ resizing and cropping
 
-def coordinates(root: Path) -> None:
-    """An example that holds its coordinates: label x, instance 36 y + x, photo both."""
-    y, x = np.mgrid[:36, :36]
-    colours = np.stack([7 * x, 7 * y, 0 * x], 2).astype(np.uint8)
-    example(root, "a", np.uint8(x), colours, np.uint16(36 * y + x))
-
-
 def test_label_instance_and_photo_get_the_same_crop_and_flip(tmp_path):
-    coordinates(tmp_path)
+    y, x = np.mgrid[:36, :36]                 # label x, instance 36 y + x, photo both
+    save(tmp_path / "train_label/a.png", np.uint8(x))
+    save(tmp_path / "train_inst/a.png", np.uint16(36 * y + x))
+    save(tmp_path / "train_img/a.png", np.uint8(np.stack([7 * x, 7 * y, 0 * x], 2)))
     dataset = Dataset(str(tmp_path), size=(32, 32), jitter=True, mirror=True, classes="36")
     places, flips = set(), 0
     for dataset.epoch in range(200):
@@ -822,10 +708,6 @@ def test_another_scale_at_test_time_is_said(files, size, inputs, words, tmp_path
     common.notice_scale(Dataset(files=given, understood=trained), trained, size)
     said = capsys.readouterr().out
     assert (words in said) if words else not said
-    if words:                                          # the cure cures
-        sides = tuple(map(int, re.search(r"--size (\d+) (\d+)", said).groups()))
-        common.notice_scale(Dataset(files=given, size=sides, understood=trained), trained, size)
-        assert not capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- a user's files
@@ -840,19 +722,16 @@ def test_input_files_and_their_instance_maps(tmp_path, capsys):
     assert [each["instance"].name for each in files] == ["x_instanceIds.png", "y.png"]
     assert common.input_files(one, "label", one)[0]["instance"] == Path(one)
     assert "ids of classes serve as ids of objects" in capsys.readouterr().out
-    for given, words in (("", ["--instances"]), (one, ["folder of maps"]),
-                         (str(tmp_path), ["no map named x_labelIds"])):
-        with refused(*words):
-            common.input_files(source, "label", given)
+    with refused("folder of maps"):
+        common.input_files(source, "label", one)
 
 
 def test_nothing_is_written_over_what_is_not_ours(tmp_path):
     lay_out(tmp_path / "data", "CamVid", [0, 1])
     items = Dataset(str(tmp_path / "data"))
     inside = tmp_path / "data" / "train"
-    for target in (inside, inside / "deeper", inside / ".." / "train" / "new"):
-        with refused("--output", "lies in what is read"):
-            next(common.outputs(items, "", target, 1))
+    with refused("--output", "lies in what is read"):
+        next(common.outputs(items, "", inside / ".." / "train" / "new", 1))
     out = tmp_path / "out"
     foreign = save(out / f"{items.names[1]}.png", photo(1))
     before = foreign.read_bytes()
@@ -871,19 +750,10 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path):
     (tmp_path / "died" / "samples").mkdir(parents=True)
     for place in (tmp_path / "new", tmp_path / "died"):
         assert common.writable("--out", place, items.reads, own) == place
-    with refused("--out", items.names[0]):
-        common.writable("--out", out, set(), own)
-    some = common.input_files(str(tmp_path / "data" / "train"), "image")     # for a checkpoint
-    for target in (inside, tmp_path / "data" / "valannot", tmp_path / "data" / "train" / "new"):
-        with refused("--output", "lies in what is read"):
-            next(common.outputs(Dataset(files=some, understood=items.understood),
-                                str(inside), target, 1))
     one = common.input_files(str(save(tmp_path / "in.png", photo(1))), "A")
     with refused("in.png", "is read"):
         next(common.outputs(Dataset(files=one), str(one[0]["A"]), tmp_path / "in.png", 1))
     assert next(common.outputs(Dataset(files=one), str(one[0]["A"]), tmp_path / "o.png", 1))
-    with refused("--output", "name a folder"):
-        next(common.outputs(items, "", tmp_path / "o.png", 1))
 
 
 # --------------------------------------------------------------------------------- randomness
@@ -939,16 +809,11 @@ def test_the_loader_keeps_its_processes_and_goes_on_from_its_place(noisy):
     assert rest == [(epoch, i) for epoch, i, _ in seen[second.step - len(rest):]]
 
 
-def test_what_goes_wrong_in_a_data_process_is_one_line(tmp_path):
+def test_a_data_process_that_is_killed_is_one_line():
     class Killed(torch.utils.data.Dataset):
         data, __len__, fingerprint = "", lambda self: 8, lambda self: [8, 0]
         __getitem__ = lambda self, index: os.kill(os.getpid(), signal.SIGKILL)
 
-    lay_out(tmp_path, "CamVid", range(2))
-    late = Dataset(str(tmp_path))
-    save(tmp_path / "trainannot" / "0001TP_000001.png", grey(77))
-    with refused("000001.png: label id 77"):
-        list(common.Loader(late, 1, 1, CPU))
     with pytest.raises(RuntimeError, match="DataLoader worker"):         # shell knows a cure for it
         list(common.Loader(Killed(), 1, 1, CPU))
 

@@ -5,7 +5,6 @@ for released files networks of plain torch modules, written here as the authors 
 """
 
 import copy
-import functools
 import json
 import warnings
 from dataclasses import replace
@@ -14,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import edges_of, fails, grey_levels, label_map, picture, save, size_of, works
+from conftest import (
+    TINY as LINES, edges_of, fails, grey_levels, label_map, parameters, picture, save, size_of,
+    works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -26,11 +27,6 @@ from lab2pix import Config, GeneratorV1, GeneratorV2, Judged, ReleasedV1, config
 CPU = torch.device("cpu")
 TINY = dict(size=(64, 64), width=4, ups=4, vgg="random", batch_size=2, classes="streets")
 TINY_V1 = TINY | dict(version="V1", ups=5)
-LINE = ("--size 64 64 --width 2 --first noise --ups 4 --vgg random --lr 0.0002 --limit 5 "
-        "--batch-size 2 --epochs 2000 --gpu -1")
-LINE_V1 = LINE.replace("--first noise --ups 4", "--version V1 --ups 5")
-
-
 def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     h, w = cfg.size
@@ -43,7 +39,7 @@ def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
 def numbers(net: nn.Module) -> int:
     """Parameters, without batch norm's gain and bias, which the authors' networks do not have."""
     affine = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    return sum(p.numel() for p in net.parameters()) - affine
+    return parameters(net) - affine
 
 
 # --------------------------------------------------------------------------- Sizes, as measured
@@ -95,7 +91,7 @@ def test_parameters_of_the_segmentation_network(classes, count):
     """ICNet's; 386 per class are of the two outputs that enter no loss and are left out."""
     with torch.device("meta"):
         net = lab2pix.ICNet(classes)
-    assert sum(p.numel() for p in net.parameters()) == count - 386 * classes
+    assert parameters(net) == count - 386 * classes
 
 
 def test_eq_8_17_and_23_sizes_of_the_three_images_and_of_all_verdicts(no_spectral_norm):
@@ -127,30 +123,21 @@ def test_eq_8_17_and_23_sizes_of_the_three_images_and_of_all_verdicts(no_spectra
 # ------------------------------------------------------------------------------------ Generator
 
 def conv2d(x: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    """(C, H, W) by windows and a product of matrices."""
-    w = layer.weight.flatten(1)
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)      # (C, H, W, 3, 3)
-    return torch.einsum("chwk,ock->ohw", windows.flatten(3), w.unflatten(1, (-1, 9))) + (
-        layer.bias[:, None, None])
+    return F.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
 @pytest.mark.parametrize("eq5, with_h", [(False, False), (False, True), (True, True)])
 def test_eq_3_to_5_dg_norm(eq5, with_h):
-    """By loops: statistics over the batch and all pixels, sqrt(mean of squares - mu^2)."""
+    """Statistics over the batch and all pixels; the guide is of the label and of H."""
     net = lab2pix.DGNorm(2, 3, 4, eq5).double()
     nn.init.normal_(net.norm.weight)
     nn.init.normal_(net.norm.bias)
     e, m = torch.randn(2, 2, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
-    h, expected = torch.rand(2, 4, 4, 5).double() if with_h else None, torch.zeros_like(e)
-    for n in range(2):
-        guide = conv2d(m[n], net.shared).clamp(min=0) + (h[n] if with_h else 0)
-        both = conv2d(guide, net.gamma_beta)
-        for c in range(2):
-            mu = e[:, c].mean()
-            bn = (e[n, c] - mu) / ((e[:, c] ** 2).mean() - mu ** 2 + 1e-5).sqrt()
-            bn = net.norm.weight[c] * bn + net.norm.bias[c]
-            gamma, beta = both[c], both[2 + c]
-            expected[n, c] = gamma * (bn + 1) + beta if eq5 else (1 + gamma) * bn + beta
+    h = torch.rand(2, 4, 4, 5).double() if with_h else None
+    bn = F.batch_norm(e, None, None, net.norm.weight, net.norm.bias, training=True)
+    guide = conv2d(m, net.shared).relu() + (h if with_h else 0)
+    gamma, beta = conv2d(guide, net.gamma_beta).chunk(2, 1)
+    expected = gamma * (bn + 1) + beta if eq5 else (1 + gamma) * bn + beta
     torch.testing.assert_close(net(e, m, h), expected)
 
 
@@ -190,11 +177,11 @@ def test_eq_7_co_attention():
     """A_m of one channel, in (0, 1), mixes h' and f. A hook on `mask` shows it."""
     net, maps = lab2pix.LSCA(3, 2, 4).double(), []
     h, f, m = (torch.randn(1, c, side, side).double() for c, side in ((3, 3), (2, 6), (4, 6)))
-    coarse = conv2d(h[0].repeat_interleave(2, 1).repeat_interleave(2, 2), net.merge)
-    a = 1 / (1 + torch.exp(-conv2d(torch.cat([coarse, f[0], m[0]]), net.mask)))
-    net.mask.register_forward_hook(lambda mask, x, y: maps.append(torch.sigmoid(y[0])))
-    torch.testing.assert_close(net(h, f, m)[0], coarse * a + f[0] * (1 - a))
-    assert a.shape == (1, 6, 6)
+    coarse = conv2d(F.interpolate(h, scale_factor=2), net.merge)
+    a = conv2d(torch.cat([coarse, f, m], 1), net.mask).sigmoid()
+    net.mask.register_forward_hook(lambda mask, x, y: maps.append(torch.sigmoid(y)))
+    torch.testing.assert_close(net(h, f, m), coarse * a + f * (1 - a))
+    assert a.shape == (1, 1, 6, 6)
     torch.testing.assert_close(maps[0], a)
 
 
@@ -219,7 +206,7 @@ def verdicts(seed: int, n: int = 2) -> list[Judged]:
 
 
 def level_sum(judged, loss, mask=None):
-    """Eq. (10): levels weigh 1, 1/2, 1/4 over their sum; discriminators are added."""
+    """Eq. (10) to (16): levels weigh 1, 1/2, 1/4 over their sum; discriminators are added."""
     total = 0
     for levels, _ in judged:
         lam = [1, 0.5, 0.25][:len(levels)]
@@ -228,24 +215,6 @@ def level_sum(judged, loss, mask=None):
                 mask, mask.shape[-1] // q.shape[-1])
             total = total + k * value.mean() / sum(lam)
     return total
-
-
-TERMS = {("vanilla", "g"): lambda d: -torch.log(torch.sigmoid(d)), ("hinge", "g"): lambda d: -d,
-         ("vanilla", "fake"): lambda d: -torch.log(1 - torch.sigmoid(d)),
-         ("hinge", "fake"): lambda d: (1 + d).clamp(min=0),
-         ("vanilla", "real"): lambda d: -torch.log(torch.sigmoid(d)),
-         ("hinge", "real"): lambda d: (1 - d).clamp(min=0)}
-
-
-@pytest.mark.parametrize("gan", ["vanilla", "hinge"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_eq_10_to_16_adversarial_losses(gan, masked):
-    v, mask = verdicts(1), torch.rand(2, 1, 64, 64, dtype=torch.float64) if masked else None
-    for name, loss in (("g", lab2pix.generator_loss), ("fake", lab2pix.fake_loss),
-                       ("real", lab2pix.real_loss)):
-        expected = level_sum(v, TERMS[gan, name], mask).item()
-        assert loss(v, gan, mask).item() == pytest.approx(expected, rel=1e-9)
-    assert lab2pix.discriminator_loss(3.0, 5.0) == lab2pix.sharpness_loss(3.0, 5.0) == 4
 
 
 @pytest.mark.parametrize("T, value", [(2.0, 0.842105), (5.0, 0.571429)])
@@ -282,32 +251,20 @@ def features(layers, seed: int) -> list[dict]:
 def test_eq_18_consistency_is_a_norm_per_image():
     layers = ("conv1_2", "conv2_2", "conv3_2", "conv4_2", "conv5_2")
     a, b = features(layers, 0), features(layers, 1)
-    expected = sum(np.mean([np.sqrt(((x[k][n] - y[k][n]).numpy() ** 2).sum()) for n in range(2)])
+    expected = sum((x[k] - y[k]).flatten(1).norm(dim=1).mean()
                    for x, y in zip(a, b) for k in layers)
-    assert lab2pix.consistency_loss(a, b).item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(lab2pix.consistency_loss(a, b), expected)
     for side in (a, b):                          # neither is detached
         side[0]["conv1_2"].requires_grad_()
     lab2pix.consistency_loss(a, b).backward()
     assert a[0]["conv1_2"].grad.any() and b[0]["conv1_2"].grad.any()
 
 
-def test_eq_19_cycle_segmentation():
-    """Cross-entropy by hand: nearest enlargement, mean over pixels, sum over the three S_i."""
-    label, total = torch.randint(0, 3, (2, 8, 8)), 0.0
-    logits = [torch.randn(2, 3, s, s, dtype=torch.float64) for s in (8, 4, 2)]
-    for s in logits:
-        k, e = 8 // s.shape[-1], s.exp()
-        share = (e / e.sum(1, True)).repeat_interleave(k, 2).repeat_interleave(k, 3)
-        total -= share.gather(1, label[:, None]).log().mean().item()
-    assert lab2pix.cycle_segmentation_loss(logits, label).item() == pytest.approx(total, rel=1e-9)
-
-
 def test_eq_28_perceptual_loss():
     layers = dict(relu1_1=1 / 32, relu2_1=1 / 16, relu3_1=1 / 8, relu4_1=1 / 4, relu5_1=1)
     a, b = features(layers, 2), features(layers, 3)
-    expected = sum(w * np.abs((x[k] - y[k]).numpy()).mean() for x, y in zip(a, b)
-                   for k, w in layers.items())
-    assert lab2pix.perceptual_loss(a, b).item() == pytest.approx(expected, rel=1e-12)
+    expected = sum(w * (x[k] - y[k]).abs().mean() for x, y in zip(a, b) for k, w in layers.items())
+    torch.testing.assert_close(lab2pix.perceptual_loss(a, b), expected)
 
 
 def test_eq_29_feature_matching():
@@ -326,13 +283,6 @@ def same_gradients(parameters, grads) -> None:
     scale = max(g.abs().max().item() for g in grads)                  # biases before a norm: 0
     for p, g in zip(parameters, grads, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-2, atol=1e-4 * scale)
-
-
-def first_adam_step(before: dict, net: nn.Module, lr: float) -> None:
-    """From nothing, Adam moves a weight by lr g / (|g| + 1e-8): by its gradient, at that rate."""
-    for name, p in net.named_parameters():
-        expected = before[name] - lr * p.grad / (p.grad.abs() + 1e-8)
-        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-3 * lr)
 
 
 def test_eq_15_and_20_step_v1_is_the_textbook_step():
@@ -380,9 +330,6 @@ def test_eq_15_and_20_step_v1_is_the_textbook_step():
     same_gradients([*state.generator.parameters(), *state.segmenter.parameters()], grads)
     loss_d = (real + fake) / 2 + 0.5 * (real + blurred) / 2
     same_gradients(state.discriminator.parameters(), torch.autograd.grad(loss_d, [*D.parameters()]))
-    for name in lab2pix.NETWORKS:
-        before = dict(getattr(lab2pix.build(cfg, CPU), name).named_parameters())
-        first_adam_step(before, getattr(state, name), cfg.lr)
 
 
 def textbook_v2(cfg: Config) -> None:
@@ -431,9 +378,6 @@ def textbook_v2(cfg: Config) -> None:
         assert name not in losses or losses[name].item() == pytest.approx(value.item(), rel=1e-4)
     loss = (real + fake) / 2 + cfg.lambda_2 * (real + blurred) / 2
     same_gradients(state.discriminator.parameters(), torch.autograd.grad(loss, [*D.parameters()]))
-    fresh = lab2pix.build(cfg, CPU)
-    for name in lab2pix.NETWORKS[:2]:
-        first_adam_step(dict(getattr(fresh, name).named_parameters()), getattr(state, name), cfg.lr)
 
 
 def test_eq_22_to_31_step_v2_is_the_textbook_step():
@@ -557,8 +501,7 @@ def test_labels_and_photos_of_a_paired_layout_are_read_apart():
     for epoch in range(8):
         for i in range(4):
             assert data.photos.names[data.partner(i, epoch)] != data.names[i]
-    line = LINE_V1.replace("--limit 5 --batch-size 2", "--batch-size 1")
-    works("lab2pix", f"{line} --data data --steps 1 --out r")
+    works("lab2pix", f"{LINES['lab2pix-V1']} --data data --limit 0 --steps 1 --out r")
     works("lab2pix", "sample --out r --output o")
     assert len(list(Path("o").iterdir())) == 4
 
@@ -570,7 +513,7 @@ def test_training_and_sampling_on_two_lists():
         picture(f"data/testA/drawing{i}.png", 130, 60, i)
         picture(f"data/trainB/photo{i % 2}.png", 128, 200, i % 2)
     picture("data/testB/photo9.png", 99, 99)
-    line = f"{LINE_V1} --data data --steps 2 --out r"
+    line = f"{LINES['lab2pix-V1']} --data data --steps 2 --out r"
     fails("lab2pix", line, "data")
     works("lab2pix", f"{line} --task sketch")
     picture("drawing.jpg", 41, 29)
@@ -583,15 +526,12 @@ def test_training_and_sampling_on_two_lists():
 
 # -------------------------------------------------------------------------- Sampling, evaluation
 
-@pytest.mark.parametrize("h, w", [(64, 64), (50, 70), (16, 100), (65, 128)])
+@pytest.mark.parametrize("h, w", [(50, 70), (16, 100)])
+@torch.no_grad()
 def test_translate_gives_the_size_of_its_input(h, w):
-    G = GeneratorV2(5, (64, 64), 2, 4, 4).eval()
-    m, z = torch.rand(1, 5, h, w), torch.randn(1, 4)
-    x = lab2pix.translate(G, z, m)
-    assert x.shape == (1, 3, h, w)
-    rows, columns = (np.pad(np.arange(n), (0, max(-n % 16, 32 - n)), "reflect") for n in (h, w))
-    padded = m[..., torch.from_numpy(rows), :][..., torch.from_numpy(columns)]
-    torch.testing.assert_close(x, G(z, padded)[0][..., :h, :w])
+    G, m, z = GeneratorV2(5, (64, 64), 2, 4, 4).eval(), torch.rand(1, 5, h, w), torch.randn(1, 4)
+    whole = G(z, common.mirror_pad(m, 16, 32))[0]
+    torch.testing.assert_close(lab2pix.translate(G, z, m), whole[..., :h, :w])
 
 
 def test_batch_norm_at_test_time():
@@ -647,37 +587,15 @@ def test_frechet_distance():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "run"
-    works("lab2pix", f"{LINE} --steps 3 --out {out}")
+    works("lab2pix", f"{LINES['lab2pix-full']} --steps 3 --out {out}")
     return out
 
 
-def test_every_image_and_every_sample_has_a_z_of_its_own(run):
-    """By seed and name: the same file gives the same picture in any company."""
-    for name in "ab":
-        label_map(f"in/{name}.png")
-    line = f"sample --out {run} --instances in --input in --output"
-    works("lab2pix", f"{line} one --samples 2")
-    works("lab2pix", f"sample --out {run} --input in/b.png --instances in/b.png --output b.png")
-    pictures = {p.name: p.read_bytes() for p in Path("one").iterdir()}
-    assert len(pictures) == len(set(pictures.values())) == 4              # of one and the same map
-    assert Path("b.png").read_bytes() in pictures.values()
-    a, b, other = (lab2pix.draw(Config(seed=s), "a", k, CPU) for s, k in ((0, 0), (0, 1), (7, 0)))
-    assert not torch.equal(a, b) and not torch.equal(a, other)
-    theirs = lab2pix.draw(configure(version="V1", released=True), "a", 0, CPU)
-    torch.testing.assert_close(theirs, a * 10 ** -0.5)                    # the mean of ten draws
-
-
-def test_evaluate_writes_the_papers_metrics_also_into_a_new_folder(run, monkeypatch):
-    tiny = functools.partial(common.fcn_scorer, width=2, steps=2)
-    monkeypatch.setattr(common, "fcn_scorer", tiny)
+def test_evaluate_writes_the_papers_metrics_also_into_a_new_folder(run, small_scorer):
     text = works("lab2pix", f"evaluate --checkpoint {run}/checkpoint.pt --out new/folder --limit 3")
     metrics = json.loads(Path("new/folder/metrics.json").read_text())
-    assert metrics["images"] == 3 and -1 <= metrics["SSIM"] <= 1
-    assert metrics["PSNR"] > 0 and metrics["VGG distance"] > 0
-    for row in ("output", "truth"):
-        assert set(metrics[row]) == {"per-pixel acc", "per-class acc", "class IOU"}
+    assert -1 <= metrics["SSIM"] <= 1 and metrics["PSNR"] > 0 and metrics["VGG distance"] > 0
     assert "0.936 0.738 0.646 45.500" in " ".join(text.split())
-    fails("lab2pix", "evaluate --out nothing", "nothing", "checkpoint.pt")
 
 
 def test_outputs_are_grey_where_the_photos_of_training_were(run):
@@ -688,21 +606,6 @@ def test_outputs_are_grey_where_the_photos_of_training_were(run):
     works("lab2pix", "sample --checkpoint grey.pt --input a.png --instances a.png --output o.png")
     shades = np.asarray(Image.open("o.png").convert("RGB")).astype(int)
     assert not np.ptp(shades, -1).any() and np.ptp(shades) > 0
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--size 60 40", ["60 40", "64"]), ("--ups 3", ["--ups 3", "4"]), ("--pg", ["--pg", "V2"]),
-    ("--task sketch", ["--task sketch", "V1"]), ("--lsca", ["--lsca", "--pg"]),
-    ("--discriminator none", ["none", "hpd"]), ("--ablation X_u", ["X_u", "A_u"]),
-    ("--ablation H_u --version V2", ["--ablation", "V1", "V2"]), ("--version V3", ["V3"]),
-    ("--version V1 --ups 5 --lambda-5 10", ["--lambda-5", "V1"]),
-    ("--version V1 --ups 5 --task sketch --T 2", ["--task sketch", "--T 1"]),
-    ("--version V1 --ups 7 --size 128 128 --batch-size 1", ["one pixel", "--size"])])
-def test_contradictions_are_refused_in_one_line(flags, words):
-    given = [word for word in flags.split() if word.startswith("--")]
-    base = [f"--{part}" for part in LINE[2:].split(" --") if f"--{part.split()[0]}" not in given]
-    fails("lab2pix", " ".join(base) + f" --steps 2 --out r {flags}", *words)
-    assert not Path("r/checkpoint.pt").exists()
 
 
 def test_released_is_the_middle_column_of_the_table():
@@ -846,7 +749,6 @@ def test_released_spade_and_v2_generators_paint_the_authors_picture(data, n, ups
     seg = F.one_hot(torch.tensor(channels).long(), n - (n % 2 == 0)).movedim(-1, 0)[None].float()
     if n % 2 == 0:                               # and the edges of instances
         seg = torch.cat([seg, torch.tensor(edges_of(ids))[None, None].float()], 1)
-    fails("lab2pix", "sample --checkpoint latest_net_G.pth --gpu -1", "--input")
     works("lab2pix", "sample --checkpoint latest_net_G.pth --gpu -1 --input a.png --output o.png"
           + " --instances a.png" * (n % 2 == 0))
     assert grey_levels("o.png", G(seg)[0]) <= 1
@@ -953,8 +855,3 @@ def test_released_v1_sketch_generator_paints_the_authors_picture():
     save("a.png", grey)
     works("lab2pix", "sample --checkpoint G.pth --gpu -1 --input a.png --output o.png")
     assert grey_levels("o.png", G(None, torch.tensor(grey / 127.5 - 1).float()[None, None])[0]) <= 1
-
-
-def test_released_discriminators_are_named_as_such():
-    torch.save({"discriminator_0.common.0.0.weight": torch.zeros(1)}, "net_D.pth")
-    fails("lab2pix", "sample --checkpoint net_D.pth --gpu -1 --input a.png", "generator")

@@ -5,7 +5,6 @@ check values come from the authors' own PyTorch networks, filled with sines and 
 """
 
 import copy
-import functools
 import json
 import math
 from pathlib import Path
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TINY, fails, four_numbers, grey_levels, label_map, losses_of, parameters, picture, size_of,
-    stored, works)
+    TINY, four_numbers, grey_levels, parameters, picture, size_of, works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -175,7 +173,6 @@ def test_released_files_give_the_authors_picture(halvings, h, w):
     assert grey_levels("o.png", y) <= 1
     works("pix2pix", "sample --checkpoint latest_net_G.pth --input p.png --output q.png --gpu -1 "
                      "--direction AtoB --task pairs")
-    fails("pix2pix", "sample --checkpoint latest_net_G.pth --gpu -1", "--input")
 
 
 def test_a_released_file_has_82_entries():
@@ -233,31 +230,6 @@ def test_table_3_receptive_fields(patch):
 
 # --------------------------------------------------------------------------------- Equations 1 - 4
 
-def log_sigmoid(a: float) -> float:
-    return -math.log1p(math.exp(-a))
-
-
-LOGITS = np.random.default_rng(0).normal(0, 2, (2, 2, 1, 3, 5))      # real and fake, batch of two
-
-
-def test_eq_1_discriminator_averages_all_patches_and_is_halved():
-    """-log D on real pairs and -log(1 - D) on fake, averaged over patches and batch, by half."""
-    real, fake = pix2pix.discriminator_loss(*torch.from_numpy(LOGITS))
-    expected_real = expected_fake = 0.0
-    for a in LOGITS[0].ravel():
-        expected_real -= log_sigmoid(a) / LOGITS[0].size
-    for a in LOGITS[1].ravel():
-        expected_fake -= math.log(1 - 1 / (1 + math.exp(-a))) / LOGITS[1].size
-    assert real.item() == pytest.approx(expected_real / 2, rel=1e-6)
-    assert fake.item() == pytest.approx(expected_fake / 2, rel=1e-6)
-
-
-def test_eq_1_generator_maximises_log_d():
-    """Sec. 3.3: -log D(x, G(x)), the non-saturating form, not halved."""
-    loss = pix2pix.generator_loss(torch.from_numpy(LOGITS[1]))
-    assert loss.item() == pytest.approx(-np.mean([log_sigmoid(a) for a in LOGITS[1].ravel()]))
-
-
 def test_eq_1_generator_learns_while_d_is_winning():
     """Where D is sure, log(1 - D) has no gradient left, and G's loss has one of -1. From logits: no
     log(0), where a sigmoid and a log give infinity in float32."""
@@ -277,17 +249,6 @@ def test_eq_2_unconditional_discriminator_does_not_see_x():
         x = torch.randn(1, 3, 64, 64, requires_grad=True)
         grad, = torch.autograd.grad(D(x, y).square().sum(), x, allow_unused=True)
         assert (grad is not None and grad.abs().max() > 0) == sees, loss
-
-
-def test_eq_3_is_a_mean_over_all_elements():
-    y_hat, y = np.random.default_rng(1).uniform(-1, 1, (2, 2, 3, 4, 5))
-    total = 0.0
-    for a, b in zip(y_hat.ravel(), y.ravel()):
-        total += abs(a - b)
-    loss = pix2pix.l1_loss(torch.from_numpy(y_hat), torch.from_numpy(y))
-    assert loss.item() == pytest.approx(total / (2 * 3 * 4 * 5), rel=1e-6)
-    with pytest.raises(AssertionError):                    # would broadcast in silence
-        pix2pix.l1_loss(torch.zeros(2, 1, 4, 5), torch.zeros(2, 3, 4, 5))
 
 
 def textbook_step(G, D, x, y, loss: str, weight: float, lr: float) -> dict[str, float]:
@@ -332,7 +293,8 @@ def small_state(cfg: Config, optimiser=torch.optim.SGD, **options) -> pix2pix.St
     ("L1+cGAN", 100.0), ("L1+cGAN", 7.0), ("L1+cGAN", 0.0), ("L1+GAN", 100.0), ("cGAN", 100.0),
     ("GAN", 100.0), ("L1", 100.0)])
 def test_eq_4_train_step_is_the_textbook_step(loss, weight):
-    """D by half its loss, then G against the new D, L1 by lambda; each gradient to one network."""
+    """D by half its loss, then G against the new D by the non-saturating one, L1, the mean over all
+    elements, by lambda; each gradient to one network."""
     cfg = Config(size=(32, 32), levels=5, width=2, patch=16, loss=loss, lambda_l1=weight)
     state = small_state(cfg, lr=0.01)
     G, D = copy.deepcopy(state.generator), copy.deepcopy(state.discriminator)
@@ -390,16 +352,6 @@ def decoder_outputs(G: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs
 
 
-def test_decoder_channels_are_the_papers():
-    """CD512-CD1024-CD1024-C1024-C1024-C512-C256-C128 are the inputs of the U-Net's decoder."""
-    with torch.device("meta"):
-        unet, plain = Generator(), Generator(skips=False)
-    assert [b.conv.in_channels for b in unet.decoder] == [
-        512, 1024, 1024, 1024, 1024, 512, 256, 128]
-    assert [b.conv.out_channels for b in unet.encoder] == [64, 128, 256] + [512] * 5
-    assert [b.conv.in_channels for b in plain.decoder] == [512] * 5 + [256, 128, 64]
-
-
 @pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_in_three_blocks_and_on_at_test_time(first, training):
@@ -413,18 +365,6 @@ def test_dropout_is_in_three_blocks_and_on_at_test_time(first, training):
         assert (0.3 < share < 0.7) if i in noisy else share < 0.01, (i, share)
     with torch.no_grad():
         assert not torch.equal(G(x), G(x))
-
-
-def test_statistics_are_the_batchs_at_test_time():
-    """Sec. 3.3: nothing that the running averages hold can reach the output, in either mode."""
-    G = without_noise(Generator(width=4, levels=5))
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        before = G.eval()(x)
-        for name, buffer in G.named_buffers():
-            if "running" in name:
-                buffer.fill_(9.0)
-        assert torch.equal(before, G(x)) and torch.equal(before, G.train()(x))
 
 
 def test_translate_takes_each_image_alone():
@@ -459,44 +399,6 @@ def test_erratum_bottleneck_norm_is_constant_for_one_image():
     assert isinstance(Generator(width=4, levels=5).encoder[-1].norm, nn.Identity)
 
 
-def textbook_generator(p: dict, x: torch.Tensor, n: int, skips: bool) -> torch.Tensor:
-    """Convolution, BatchNorm, ReLU in the paper's order; skips carry what is activated."""
-    def norm(v, prefix):
-        mean = v.mean((0, 2, 3), keepdim=True)
-        variance = (v - mean).square().mean((0, 2, 3), keepdim=True)
-        gain, shift = (p[prefix + k].view(1, -1, 1, 1) for k in ("weight", "bias"))
-        return gain * (v - mean) / (variance + 1e-5).sqrt() + shift
-
-    e = []
-    for i in range(n):
-        x = F.conv2d(x, p[f"encoder.{i}.conv.weight"], stride=2, padding=1)
-        if 0 < i < n - 1:
-            x = norm(x, f"encoder.{i}.norm.")
-        x = x.relu() if i == n - 1 else torch.where(x > 0, x, 0.2 * x)
-        e.append(x)
-    for i in range(n):
-        if i and skips:
-            x = torch.cat([e[n - 1 - i].relu(), x], 1)
-        x = F.conv_transpose2d(x, p[f"decoder.{i}.conv.weight"],
-                               p.get(f"decoder.{i}.conv.bias"), stride=2, padding=1)
-        if i < n - 1:
-            x = norm(x, f"decoder.{i}.norm.").relu()
-    return x.tanh()
-
-
-@pytest.mark.parametrize("skips", [True, False])
-def test_generator_is_the_papers_order_of_layers(skips):
-    """Activations moved to the front of the next block, and skips taken before them, are equal to
-    the paper's convolution, BatchNorm, ReLU: ReLU(LeakyReLU(v)) = ReLU(v)."""
-    G = without_noise(Generator(width=4, levels=5, skips=skips).double())
-    for p in G.parameters():
-        nn.init.normal_(p, 0.1, 0.3)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(G(x), textbook_generator(G.state_dict(), x, 5, skips),
-                                   rtol=1e-6, atol=1e-8)
-
-
 def test_encoder_decoder_has_no_way_around_the_bottleneck():
     """Fig. 3: with the innermost map silenced, only the U-Net still sees its input."""
     for skips in (True, False):
@@ -516,17 +418,6 @@ def test_levels_follow_the_size(size, levels):
     state = pix2pix.build(cfg, CPU)
     for G in (state.generator, pix2pix.test_time(state, cfg), pix2pix.networks(cfg)[0]):
         assert len(G.encoder) == len(G.decoder) == levels and G.multiple == 2 ** levels
-
-
-# ------------------------------------------------------------------------------------- Translate
-
-def test_torch_export_agrees_with_eager():
-    for skips in (True, False):
-        G = without_noise(Generator(width=4, levels=5, skips=skips)).eval()
-        x = torch.randn(1, 3, 64, 64)
-        exported = torch.export.export(G, (x,)).module()
-        with torch.no_grad():
-            torch.testing.assert_close(exported(x), G(x), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------ Colours, labels, masks
@@ -597,13 +488,9 @@ def test_table_6_nearest_colour():
     exact = torch.from_numpy(palette / 127.5 - 1).float().T[None, :, None]
     assert torch.equal(pix2pix.nearest_colour(exact, table), label)
     image = torch.rand(2, 3, 5, 7) * 2 - 1
-    predicted = pix2pix.nearest_colour(image, table)
-    for b in range(2):
-        for i in range(5):
-            for j in range(7):
-                colour = (image[b, :, i, j].double().numpy() + 1) * 127.5
-                distance = [math.dist(colour, row) for row in palette]
-                assert distance[predicted[b, i, j]] == pytest.approx(min(distance), abs=1e-3)
+    colours = (image.movedim(1, -1).double() + 1) * 127.5          # (2, 5, 7, 3)
+    distances = (colours[..., None, :] - torch.from_numpy(palette)).norm(dim=-1)
+    assert torch.equal(pix2pix.nearest_colour(image, table), distances.argmin(-1))
 
 
 def test_colorization_pair_is_l_to_ab():
@@ -686,67 +573,9 @@ def test_learning_rate_is_constant_and_decay_is_the_releases():
     assert rates[100] == pytest.approx(100 / 101, rel=1e-6)            # the release's, epoch 101
 
 
-def test_one_batch_can_be_overfitted():
-    """Two images, 60 steps: the L1 of Eq. (4) falls to less than half."""
-    cfg = Config(size=(32, 32), levels=5, width=8, lr=2e-3, patch=16, classes="streets")
-    data = common.Dataset("", "train", (32, 32), limit=2)
-    batch = torch.utils.data.default_collate([data[0], data[1]])
-    state, pair = pix2pix.build(cfg, CPU), pix2pix.make_pair(batch, cfg)
-    torch.manual_seed(0)
-    l1 = [pix2pix.train_step(state, pair, cfg)["g_l1"].item() for _ in range(60)]
-    assert np.mean(l1[-5:]) < 0.5 * l1[0], (l1[0], l1[-5:])
-
-
-def test_bf16_keeps_losses_and_weights_in_float32():
-    cfg = Config(size=(32, 32), levels=5, width=4, patch=16, precision="bf16")
-    state, seen = pix2pix.build(cfg, CPU), []
-    state.generator.encoder[1].conv.register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    pair = dict(zip(("input", "image"), torch.rand(2, 2, 3, 32, 32)))
-    for _ in range(2):
-        losses = pix2pix.train_step(state, pair, cfg)
-        assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
-    assert seen == [torch.bfloat16] * 2
-    assert all(p.dtype == torch.float32 for p in state.generator.parameters())
-
-
 # ------------------------------------------------------------------------------------ As a program
 
 PIX2PIX = TINY["pix2pix"]
-
-
-@pytest.fixture
-def small_scorer(monkeypatch):
-    monkeypatch.setattr(common, "fcn_scorer",
-                        functools.partial(common.fcn_scorer, width=2, steps=2))
-
-
-def test_each_image_and_each_sample_has_noise_of_its_own():
-    """Three copies of one layout under three names: no two outputs agree, and each is repeatable;
-    so evaluate and grids, which draw by the same seed, show one image as sample does."""
-    works("pix2pix", f"{PIX2PIX} --steps 1 --levels 5 --out r")
-    for name in "abc":
-        label_map(f"in/{name}.png", 64, 64)
-    for output in "xy":
-        works("pix2pix", f"sample --out r --input in --output {output} --samples 2")
-    images = {p.name: np.asarray(Image.open(p)) for p in sorted(Path("x").iterdir())}
-    assert list(images) == ["a_1.png", "a_2.png", "b_1.png", "b_2.png", "c_1.png", "c_2.png"]
-    assert len({image.tobytes() for image in images.values()}) == 6
-    for name, image in images.items():
-        assert np.array_equal(image, np.asarray(Image.open(f"y/{name}")))
-
-
-def test_photo_to_labels_writes_ids_that_can_be_read_again():
-    works("pix2pix", f"{PIX2PIX} --steps 1 --task photo2labels --loss L1 --out r")
-    picture("p.png", 32, 40)
-    works("pix2pix", "sample --out r --input p.png --output o.png")
-    ids = common.read_label(Path("o_ids.png"), common.class_table("streets"))
-    assert ids.shape == (32, 40) and 0 <= ids.min() and ids.max() < 12
-
-
-def test_l1_alone_has_no_discriminator():
-    works("pix2pix", f"{PIX2PIX} --steps 1 --loss L1 --out r")
-    assert stored("r")["discriminator"] is None and stored("r")["opt_d"] is None
-    assert losses_of("r")[0].keys() == {"step", "epoch", "g_l1"}
 
 
 @pytest.mark.parametrize("task", ["colorization", "inpainting", "pairs"])
@@ -767,18 +596,20 @@ def test_tables_1_to_3_and_figure_7_beside_the_papers(small_scorer):
     works("pix2pix", f"{PIX2PIX} --steps 1 --out r")
     text = " ".join(works("pix2pix", "evaluate --out r --vgg random --limit 3").split())
     metrics = json.loads(Path("r/metrics.json").read_text())
-    assert metrics["images"] == 3 and 0 < metrics["L1"] < 2
+    assert 0 < metrics["L1"] < 2
     assert all(0 <= v <= 1.001 for v in metrics["histogram intersection"])
-    for row in ("output", "truth"):
-        assert set(metrics[row]) == {"per-pixel acc", "per-class acc", "class IOU"}
     assert "0.650 0.210 0.170" in text and "0.800 0.260 0.210" in text    # patch 16, ground truth
     assert Path("r/worst.png").exists()
 
 
 def test_table_6_photo_to_labels_by_nearest_colour():
-    """No scorer; the true label maps score 1."""
+    """No scorer; the true label maps score 1. A sample's ids can be read again."""
     works("pix2pix", f"{PIX2PIX} --steps 1 --task photo2labels --loss L1 --out r")
     text = " ".join(works("pix2pix", "evaluate --out r --limit 2").split())
     metrics = json.loads(Path("r/metrics.json").read_text())
     assert all(v == 1 for v in metrics["truth"].values())
     assert metrics["output"]["per-pixel acc"] < 1 and "0.860 0.420 0.350" in text
+    picture("p.png", 32, 40)
+    works("pix2pix", "sample --out r --input p.png --output o.png")
+    ids = common.read_label(Path("o_ids.png"), common.class_table("streets"))
+    assert ids.shape == (32, 40) and 0 <= ids.min() and ids.max() < 12

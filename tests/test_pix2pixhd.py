@@ -8,7 +8,6 @@ tested in test_contract.py.
 
 import copy
 import itertools
-import json
 import math
 import re
 import shutil
@@ -19,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    assert_same, edges_of, fails, four_numbers, grey_levels, label_map, paper_map, parameters,
-    picture, place, refused, save, size_of, stored, works)
+    assert_same, edges_of, fails, four_numbers, grey_levels, parameters, picture, place, save,
+    size_of, stored, works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -231,9 +230,7 @@ def test_input_is_one_hot_labels_then_the_boundary():
     label, instance = torch.randint(0, 12, (2, 6, 5)), torch.randint(0, 3, (2, 6, 5)) + 40000
     batch = {"label": label, "instance": instance}
     pair = pix2pixhd.make_pair(batch, Config(classes="streets", pool="label"))
-    for b, i, j in itertools.product(range(2), range(6), range(5)):
-        expected = [float(k == label[b, i, j]) for k in range(12)]
-        assert pair["input"][b, :12, i, j].tolist() == expected
+    assert torch.equal(pair["input"][:, :12], F.one_hot(label, 12).movedim(-1, 1).float())
     assert torch.equal(pair["input"][:, 12:], pix2pixhd.boundary_map(instance))
     assert torch.equal(pair["region"], label)                       # Fig. 11: pooled by label
     without = pix2pixhd.make_pair(batch, Config(classes="streets", boundary=False))
@@ -297,53 +294,12 @@ def test_initialisation():
 # ---------------------------------------------------------------------------------- Equations 1 - 4
 
 RNG = np.random.default_rng(0)
-SHAPES = [[(2, 3, 5, 7), (2, 4, 3, 4), (2, 6, 2, 3), (2, 7, 2, 2), (2, 1, 3, 4)],
-          [(2, 3, 3, 4), (2, 4, 2, 2), (2, 6, 1, 2), (2, 7, 2, 1), (2, 1, 2, 2)]]
-MAPS = [[[torch.from_numpy(RNG.normal(0.3, 2, shape)) for shape in scale] for scale in SHAPES]
-        for _ in "xg"]                             # real and fake, two scales, batch of two
 
 
-def mean_over(predictions: list[torch.Tensor], term) -> float:
-    """Summed over the scales, averaged over batch and patches of each."""
-    return sum(sum(term(a) for a in p.flatten().tolist()) / p.numel() for p in predictions)
-
-
-def minus_log(a: float) -> float:
-    return -math.log(1 / (1 + math.exp(-a)))
-
-
-@pytest.mark.parametrize("log, is_real, is_fake", [
-    (False, lambda a: (a - 1) ** 2, lambda a: a ** 2),
-    (True, minus_log, lambda a: minus_log(-a))])
-def test_eq_1_and_2_from_their_definitions(log, is_real, is_fake):
-    """D's two terms are halved, G's is not: G wants its images to be called real. Over the scales
-    stands a sum, not a mean."""
-    real, fake = ([maps[-1] for maps in side] for side in MAPS)
-    losses = (*pix2pixhd.discriminator_loss(*MAPS, log), pix2pixhd.generator_loss(MAPS[1], log))
-    assert [loss.item() for loss in losses] == pytest.approx(
-        [mean_over(real, is_real) / 2, mean_over(fake, is_fake) / 2, mean_over(fake, is_real)],
-        rel=1e-12)
-
-
-def test_eq_3_from_its_definition():
-    """Absolute differences of the four hidden maps, each over its N_i, without the prediction; it
-    moves the side of the fake images alone."""
-    sides = [[[m.clone().requires_grad_() for m in maps] for maps in side] for side in MAPS]
-    per_scale = []
-    for real, fake in zip(*MAPS):
-        total = 0.0
-        for i in range(4):
-            x, g = real[i].numpy(), fake[i].numpy()
-            total += sum(abs(x[k] - g[k]) for k in np.ndindex(x.shape)) / x.size
-        per_scale.append(total)
-    loss = pix2pixhd.feature_matching_loss(*sides)
-    assert loss.item() == pytest.approx(sum(per_scale), rel=1e-12)
-    mean = pix2pixhd.feature_matching_loss(*MAPS, mean=True)
-    assert mean.item() == pytest.approx(sum(per_scale) / 2, rel=1e-12)
-    loss.backward()
-    assert all(m.grad is None for maps in sides[0] for m in maps)  # D "does not maximize" it
-    for maps in sides[1]:
-        assert maps[-1].grad is None and all(m.grad.any() for m in maps[:-1])
+def gan(scales: list, truth: int, log: bool) -> torch.Tensor:
+    """Eq. (1) and (2): summed over the scales, averaged over batch and patches of each."""
+    loss = F.binary_cross_entropy_with_logits if log else F.mse_loss
+    return sum(loss(a, torch.full_like(a, truth)) for *_, a in scales)
 
 
 @pytest.mark.parametrize("random", [False, True])
@@ -353,12 +309,10 @@ def test_perceptual_loss_from_its_definition(random):
     names = ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"]
     real, fake = ({n: torch.from_numpy(RNG.normal(0, 1, (2, 2 + i, 4, 3)))
                    for i, n in enumerate(names)} for _ in "xg")
-    expected, weights = 0.0, [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1]
-    for name, weight in zip(names, weights[::-1] if random else weights):
-        x, g = real[name].numpy(), fake[name].numpy()
-        expected += weight * sum(abs(x[k] - g[k]) for k in np.ndindex(x.shape)) / x.size
+    weights = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1][::-1 if random else 1]
+    expected = sum(w * (real[n] - fake[n]).abs().mean() for w, n in zip(weights, names))
     loss = pix2pixhd.perceptual_loss(real, fake, random)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 def test_vgg_sees_the_image_as_it_is():
@@ -404,19 +358,12 @@ def released_step(nets, optimisers, batch: dict, cfg: Config, vgg) -> dict[str, 
     z = [] if E is None else [loops_average(E(x), batch["region"])]
     x_hat = G(torch.cat([s, *z], 1))
     apart, real, fake = D(s, x_hat.detach()), D(s, x), D(s, x_hat)
-
-    def gan(scales, truth):
-        total = 0
-        for *_, a in scales:
-            p = 1 / (1 + (-a).exp())
-            term = -(p if truth else 1 - p).log() if "log" in cfg.loss else (a - truth) ** 2
-            total = total + term.sum() / a.numel()
-        return total
-
-    values = {"d_real": gan(real, 1) / 2, "d_fake": gan(apart, 0) / 2, "g_gan": gan(fake, 1)}
+    log = "log" in cfg.loss
+    values = {"d_real": gan(real, 1, log) / 2, "d_fake": gan(apart, 0, log) / 2,
+              "g_gan": gan(fake, 1, log)}
     objective = values["g_gan"]
     if "FM" in cfg.loss:
-        values["g_fm"] = sum((real[k][i].detach() - fake[k][i]).abs().sum() / fake[k][i].numel()
+        values["g_fm"] = sum((real[k][i].detach() - fake[k][i]).abs().mean()
                              for k in range(len(fake)) for i in range(4))
         values["g_fm"] = values["g_fm"] / (len(fake) if cfg.released else 1)
         objective = objective + cfg.lambda_fm * values["g_fm"]
@@ -457,7 +404,8 @@ def large_weights(*nets: nn.Module | None) -> None:
     dict(enhancers=2, scales=3, enhancer_epochs=(1, 0)), dict(channels_last=True)],
     ids=lambda changes: "-".join(map(str, changes.values())))
 def test_eq_4_train_step_is_the_releases_step(changes):
-    """Two steps of Adam: the same losses, gradients and weights, with and without E."""
+    """Two steps of Adam: the same losses, gradients and weights, with and without E. D's two terms
+    are halved, G's is not; D "does not maximize" Eq. (3)."""
     cfg = tiny(lr=0.01, **changes)
     vgg = FewFeatures().double() if "VGG" in cfg.loss else None
     state = pix2pixhd.build(replace(cfg, loss="GAN"), CPU)
@@ -478,54 +426,6 @@ def test_eq_4_train_step_is_the_releases_step(changes):
                 if p.requires_grad:
                     torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-10)
                 torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-
-
-def test_the_perceptual_term_has_the_losss_gradient():
-    vgg, x, x_hat = FewFeatures(), torch.rand(1, 3, 9, 9), torch.rand(1, 3, 9, 9).requires_grad_()
-    direct = pix2pixhd.perceptual_loss(vgg(x), vgg(x_hat))
-    value, term = pix2pixhd.perceptual_term(vgg, x, x_hat)
-    assert torch.equal(value, direct.detach()) and not value.requires_grad
-    assert torch.equal(torch.autograd.grad(term, x_hat)[0], torch.autograd.grad(direct, x_hat)[0])
-
-
-# ------------------------------------------------------- Gradients reach exactly the right networks
-
-def street_batch(cfg: Config, images: int = 1) -> dict:
-    data = common.Dataset("", "test", cfg.size, limit=images)
-    batch = torch.utils.data.default_collate([data[i] for i in range(images)])
-    return pix2pixhd.make_pair(batch, cfg)
-
-
-def moved_by_a_step(cfg: Config) -> tuple[set[str], set[str]]:
-    """Names of the convolutions' weights that one step changes, and of those it does not."""
-    state = pix2pixhd.build(cfg, CPU)
-    nets = {k: getattr(state, k) for k in NETS}
-    before = {f"{k}.{n}": v.clone() for k, net in nets.items() for n, v in net.state_dict().items()
-              if v.ndim == 4}
-    pix2pixhd.train_step(state, street_batch(cfg), cfg)
-    after = {f"{k}.{n}": v for k, net in nets.items() for n, v in net.state_dict().items()}
-    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
-    return changed, before.keys() - changed
-
-
-@pytest.mark.parametrize("enhancers, epochs, frozen, changes", [
-    (0, (0, 0), (), {}), (1, (0, 1), (), {}), (2, (0, 1), (), {}),
-    (1, (1, 0), ("generator.globe",), {}),
-    (2, (1, 0), ("generator.globe", "generator.enhancers.0"), {}),
-    (1, (1, 0), ("generator.globe", "encoder"), dict(released=True)),
-    (1, (0, 1), ("encoder",), dict(released=True)), (0, (0, 0), (), dict(released=True))])
-def test_a_stage_moves_exactly_its_networks(enhancers, epochs, frozen, changes):
-    """Sec. 3.2: the enhancer alone, with D and with E, which now sees larger photos. --released
-    keeps E as it is, but only where there are enhancers."""
-    moved, still = moved_by_a_step(tiny(enhancers=enhancers, enhancer_epochs=epochs, scales=2,
-                                        **changes))
-    if enhancers:
-        frozen += ("generator.early_outputs",)
-    assert all(name.startswith(frozen) for name in still), still
-    assert bool(still) == bool(frozen)
-    assert not frozen or not any(name.startswith(frozen) for name in moved)
-    assert {name.split(".")[0] for name in moved} == set(NETS) - set(frozen)
-    assert any(name.startswith("generator.output") for name in moved)
 
 
 def test_stored_features_are_half_sized_and_of_8_bits():
@@ -620,10 +520,12 @@ def test_learning_rate_is_the_sheets_rule(options):
         assert runs[1][50:52] == [2e-4, pytest.approx(2e-4 * 49 / 50)]
 
 
-def test_enter_trains_more_and_more_of_the_same_networks():
+@pytest.mark.parametrize("released", [False, True])
+def test_enter_trains_more_and_more_of_the_same_networks(released):
     """G1, E and the coarse D_k go on; an enhancer, its output layer and a finer D_k come into use.
-    D's Adam goes on to the joint stage, all else begins anew."""
-    cfg = tiny(size=(128, 128), enhancers=2, scales=3)
+    D's Adam goes on to the joint stage, all else begins anew. --released keeps E as it is, but only
+    where there are enhancers."""
+    cfg = tiny(size=(128, 128), enhancers=2, scales=3, released=released)
     state = pix2pixhd.build(cfg, CPU)
     for k, stage in enumerate(pix2pixhd.plan(cfg)):
         old_g, old_d = state.opt_g, state.opt_d
@@ -634,8 +536,11 @@ def test_enter_trains_more_and_more_of_the_same_networks():
         last = G.output if stage.level == 2 else G.early_outputs[stage.level]
         parts = {"global": [G.globe], "enhancer": [*G.enhancers[:stage.level][-1:]],
                  "joint": [G.globe, *G.enhancers[:stage.level]]}[stage.name]
-        expected = {id(p) for net in (*parts, last, state.encoder) for p in net.parameters()}
+        parts += [last] if released and stage.level else [last, state.encoder]
+        expected = {id(p) for net in parts for p in net.parameters()}
         assert {id(p) for p in state.opt_g.param_groups[0]["params"]} == expected
+        assert {id(p) for net in (G, state.encoder) for p in net.parameters()
+                if p.requires_grad} == expected
         assert {id(p) for p in state.opt_d.param_groups[0]["params"]} == {
             id(p) for each in D.scales[:D.used] for p in each.parameters()}
         x = torch.rand(1, 16, *(side >> 2 - stage.level for side in cfg.size))
@@ -664,16 +569,6 @@ def test_init_puts_an_enhancer_around_a_trained_g1(capsys):
 
 
 # ----------------------------------------------------------------------------- Released checkpoints
-
-def test_files_that_do_not_fit_are_refused(tmp_path):
-    save_released(ReleasedE(3), tmp_path / "E.pth")
-    save_released(ReleasedG(5, 2, 0, 2, 1), tmp_path / "G.pth")
-    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "fc.pth")
-    for name, words in (("G", ["generator", "size"]), ("E", ["encoder", "generator"]),
-                        ("fc", ["no released G or E", "fc.weight"])):
-        with refused(f"{name}.pth", *words):
-            pix2pixhd.build(tiny(features=0, init=(str(tmp_path / f"{name}.pth"),)), CPU)
-
 
 def test_released_files_paint_the_authors_pictures(shared, city):
     """Files as the authors publish them, from networks as their code describes them, through the
@@ -721,16 +616,14 @@ def test_objects_in_from_its_definition():
         assert votes[kind] == max(votes)
 
 
-def test_kmeans_is_a_fixed_point():
-    """Each centre is the mean of the points nearest to it."""
+def test_kmeans():
+    """Each centre is the mean of the points nearest to it; of few points, or many equal ones, there
+    are min(k, distinct points) centres, and then they are the points themselves."""
     points = torch.rand(60, 3)
     centres = pix2pixhd.kmeans(points, 7)
     owner = torch.cdist(points, centres).argmin(1)
     for k in range(7):
         torch.testing.assert_close(centres[k], points[owner == k].mean(0), rtol=0, atol=1e-5)
-
-def test_kmeans_with_few_points_or_many_equal_ones():
-    """min(k, distinct points) centres, and then they are the points themselves."""
     for points, k in (([[1.0, 2.0]], 10), ([[0.0, 0.0], [1.0, 1.0], [2.0, 5.0]], 10),
                       ([[0.5, 0.5]] * 30, 4), ([[0.0, 0.0]] * 99 + [[1.0, 0.0], [1.0, 1e-3]], 3)):
         for seed in range(5):
@@ -884,8 +777,6 @@ def test_edits_change_exactly_their_pixels_and_are_undone(editor):
     for expected in scenes[-2::-1]:
         editor.undo()
         assert_same(scene(editor), expected)
-    with refused("undo", "nothing was changed"):
-        editor.undo()
 
 
 # ----------------------------------------------------------------------- As a user calls it: stages
@@ -902,10 +793,6 @@ TRAINED = NETS + ("opt_g", "opt_d", "stage", "styles")
 
 def call(line: str) -> str:
     return works("pix2pixhd", line)
-
-
-def refuse(line: str, *words) -> None:
-    fails("pix2pixhd", line, *words)
 
 
 @pytest.fixture(autouse=True)
@@ -986,8 +873,7 @@ def test_a_run_in_legs_equals_the_whole_run(run, legs):
 
 
 def test_more_epochs_than_planned(legs, run):
-    """A stage whose end is still ahead may grow. One that is over cannot."""
-    refuse(f"--resume --out {legs[6]} --epochs 5 --steps 99", "--epochs 5")
+    """A stage whose end is still ahead may grow."""
     shutil.copytree(legs[3], "r")
     call("--resume --out r --epochs 3 --steps 6")          # still in the global stage
     assert (stored("r")["stage"], place("r")) == (0, (6, 2, 4))
@@ -996,16 +882,11 @@ def test_more_epochs_than_planned(legs, run):
     assert (stored("s")["stage"], place("s")[0]) == (2, STEPS + 2)
 
 
-def test_init_from_a_finished_run(run, capsys):
-    """By the very command that trained it: every network begins with its weights, nothing is new.
-    With an enhancer less, G1 begins with the output layer that it had alone."""
+def test_init_with_an_enhancer_less(run):
+    """G1 begins with the output layer that it had alone."""
     cfg = Config(**stored(run)["config"])
-    weights = stored(run)["generator"]
-    state = pix2pixhd.build(replace(cfg, init=(str(run / "checkpoint.pt"),)), CPU)
-    assert_same({k: state.generator.state_dict()[k] for k in weights}, weights)
-    assert "random" not in capsys.readouterr().out
     fewer = replace(cfg, enhancers=0, size=(32, 32), init=(str(run / "checkpoint.pt"),))
-    first = pix2pixhd.build(fewer, CPU).generator
+    first, weights = pix2pixhd.build(fewer, CPU).generator, stored(run)["generator"]
     assert torch.equal(first.output[0].weight, weights["early_outputs.0.0.weight"])
 
 
@@ -1032,19 +913,6 @@ def test_without_instance_maps_the_labels_do():
     assert re.search(r"^ +26 +class 26 ", text, re.MULTILINE)
 
 
-def test_data_without_what_the_networks_read_is_refused(city):
-    """Instance maps in one split alone, or gone when testing; labels gone."""
-    data = scenes(Path("half"), CITY, instances=("train",))
-    refuse(f"{TINY} --enhancers 0 --data {data} --steps 1 --out r", "half", "test split",
-           "--no-boundary")
-    for split, side in itertools.product(("train", "test"), "AB"):
-        picture(Path(f"pairs/{split}_{side}/1.png"), 64, 64)
-    for line in (f"sample --out {city}", f"--resume --steps 9 --out {city}"):
-        refuse(f"{line} --data {data}", "half", "instance files are needed")
-        refuse(f"{line} --data pairs", "pairs", "label")
-    assert not Path("r").exists()
-
-
 def test_edges_to_photos():
     """Pairs of images, through all three stages: no labels, no styles. Grey of grey photos."""
     for split, side, i in itertools.product(("train", "test"), "AB", range(3)):
@@ -1052,17 +920,14 @@ def test_edges_to_photos():
         if side == "B":
             with Image.open(path) as image:
                 save(path, image.convert("L"))
-    line = f"{TINY} --preset edges2photo --data data"
-    call(f"{line} --features 0 --steps 7 --out r")
+    call(f"{TINY} --preset edges2photo --data data --features 0 --steps 7 --out r")
     assert stored("r")["config"]["classes"] == "" and stored("r")["stage"] == 2
     call(f"sample --out r --output o --input {picture(Path('e.jpg'), 33, 47)}")
     with Image.open("o/e.png") as image:
         pixels = np.asarray(image)
     assert pixels.shape == (33, 47, 3) and (pixels == pixels[..., :1]).all() and pixels.std() > 0
-    refuse(f"{line} --out x", "data", "--features 0")
-    for mode, word in (("evaluate", "label"), ("edit", "label"), ("encode", "encoder")):
-        refuse(f"{mode} --out r", word)
-    refuse("sample --out r --samples 2", "no encoder", "--features 3")
+    for mode in ("evaluate", "edit"):
+        fails("pix2pixhd", f"{mode} --out r", "label")
 
 
 def test_a_test_split_without_photos():
@@ -1072,31 +937,9 @@ def test_a_test_split_without_photos():
     assert size_of("r/samples/0000002.png") == (4 * 66 + 2, 2 * 66 + 2)      # input | output
     call("sample --out r --samples 2")
     assert len(list(Path("r/test").iterdir())) == 6
-    refuse("evaluate --out r --vgg random", "test split", "image files")
+    fails("pix2pixhd", "evaluate --out r --vgg random", "test split", "image files")
     assert not list(Path(".").rglob("fcn8s*"))              # said before a scorer is trained
     call("edit --out r --style 26000=1 --output e.png")
-
-
-def test_sample_reads_folders_and_says_that_things_look_smaller(city, shared):
-    data = shared / "city-data"
-    line = f"sample --out {city} --input {data / 'test_label'} --instances {data / 'test_inst'}"
-    assert "things look" not in call(f"{line} --output o")
-    assert len(list(Path("o").iterdir())) == 3
-    label_map("in/a.png", 33, 47)
-    text = call(f"sample --out {city} --input in --instances in --output p")
-    assert "training saw files of 64 x 64" in text and size_of("p/a.png") == (47, 33)
-
-
-def test_commands_of_the_paper_map_are_accepted():
-    """`train ...` and `evaluate, after train ...`: each is a command line that the program takes,
-    and each flag makes another Config."""
-    commands = [text.partition("train ")[2].partition(",")[0]
-                for text in paper_map(pix2pixhd).values() if "train " in text]
-    assert len(commands) == 6
-    for command in commands:
-        mode, given = common.parse(["train", *command.split()], Config, "pix2pixhd",
-                                   pix2pixhd.MODES, None)
-        assert pix2pixhd.configure(given.pop("preset", ""), given) != Config()
 
 
 # -------------------------------------------------------- As a user calls it: styles, edits, scores
@@ -1136,44 +979,17 @@ def test_edits_happen_in_the_order_given(city, flags, expected):
     assert (before == after).all() == (flags == "")
 
 
-def test_pictures_of_edits_overwrite_nothing_but_their_like(city, shared):
+def test_pictures_of_edits_overwrite_their_like(city):
     shutil.copytree(city, "r")
     for flags in ("", "--set 33001=person"):
         call(f"edit --out r --item 2 {flags}")
     assert [p.name for p in Path("r/edits").iterdir()] == ["2.png"]
-    for path in (shared / "city-data" / "test_label" / "new.png", save("mine.png", np.eye(9) > 0)):
-        there = path.exists()
-        refuse(f"edit --out r --output {path}", path.name)
-        assert path.exists() == there
-
-
-@pytest.mark.parametrize("line, words", [
-    ("sample --input a.png", ["a.png", "--instances"]), ("sample --vary dragon", ["dragon", "car"]),
-    ("sample --size 30 40", ["--size 30 40"]), ("sample --set 1=2", ["edit"]),
-    ("--crop 20 32", ["--crop 16 32"]), ("--size 8 64", ["16"]), ("--epochs 0", ["--init"]),
-    ("--width 8 --init {}/checkpoint.pt", ["size mismatch"]),
-    ("--features 3 --init {}/checkpoint.pt", ["size mismatch"]),
-    ("edit --set car=26000", ["--set car=26000", "ID=CLASS"]), ("edit --style 26000=-1", ["ID=K"]),
-    ("edit --paste 26000=1,2", ["ID@DOWN,RIGHT"]), ("edit --remove 77", ["object 77", "10000"]),
-    ("edit --style 10000=99", ["99", "car", "from 0"]), ("edit --set 10000=dragon", ["truck"]),
-    ("edit --paste 10000@999,0", ["outside"]), ("edit --undo --set 10000=person", ["nothing"]),
-    ("edit --item nobody", ["nobody", "street_1000000"])])
-def test_mistakes_are_refused_in_one_line(run, line, words):
-    label_map("a.png", 33, 47)
-    testing = line.startswith(("sample", "edit"))
-    line = f"{line} --out {run} --output o" if testing else f"{TINY} --steps 2 --out o {line}"
-    refuse(line.format(run), *words)
-    assert not Path("o").exists()
 
 
 def test_evaluate_prints_the_papers_numbers(run, monkeypatch):
     scorer = common.FCN8s(12, 2).eval().requires_grad_(False)
     monkeypatch.setattr(common, "fcn_scorer", lambda *_: scorer)
-    text = call(f"evaluate --checkpoint {run / 'checkpoint.pt'} --out new/run --limit 3")
-    metrics = json.loads(Path("new/run/metrics.json").read_text())
-    assert metrics["images"] == 3
-    for row in ("output", "truth"):
-        assert set(metrics[row]) == {"per-pixel acc", "per-class acc", "class IOU"}
+    text = call(f"evaluate --checkpoint {run / 'checkpoint.pt'} --out new --limit 3")
     text = " ".join(text.split())
     for part in ("ours 83.78 0.6389", "pix2pix 78.34 0.3948", "CRN 70.55 0.3483",
                  "oracle 84.29 0.6857", "one D 82.87 0.5775", "68.55", "58.9"):
