@@ -358,7 +358,7 @@ faults("'': empty; leave the flag out", ("leave the flag out", T), (f"{T} --out 
        (f"{T} --data ''", "--data"))
 faults("{} {}: must be {}", (r"(--[\w-]+) \S+: must be (\d\S*?)(\.\.|$| or)", "{line} {0} {1}"),
        *((f"{C} {flag} {value}", flag) for flag, value in (("--lr", "0"), ("--lr", "nan"), ("--lr",
-       "1e400"), ("--width", "-4"), ("--seed", "-1"), ("--epochs", "0"), ("--batch-size", "0"))),
+       "1e400"), ("--width", "-4"), ("--seed", "-1"), ("--batch-size", "0"))),
        f"{OK} --samples 0")
 faults("{} {}: must be {}", ("(--steps)", "{line} {0} 1"), (f"{T} --steps -3", "--steps -3"))
 faults("choose one of", (r"choose one of ([\w-]+)", "{line} --preset {0}"),
@@ -397,7 +397,7 @@ faults("{}: cannot be written ({})", (r"(\.png)", "{line} --output o{0}"),
 faults("[Errno", "{line} --out y", (put("r", "mine"), T, "r"), (put("x"), f"{T} --out x/r", "x/r"))
 faults("[Errno", "{line} --output y", (put("o"), f"sample {RUN} {IN} --output o", "o"))
 faults("out of memory; a smaller", ("smaller (--size)", "{line} {0} 32 32"), (image("a.png", ids()),
-       f"sample {RUN} --input a.png {{own}} --size 10000000 10000000 --output o.png"))
+       f"sample {RUN} --input a.png {{own}} --samples 1 --size 10000000 10000000 --output o.png"))
 faults("a folder without images", ("folders in it are not read", f"sample {RUN} {IN} --output o"),
        (put("x/a/.DS_Store"), f"sample {RUN} --input x", "--input x"))
 faults("save it as PNG, or download it again", (FILE, lambda path: save(path, ids())),
