@@ -1676,6 +1676,8 @@ def main(arguments: list[str] | None = None) -> None:
                      default=Path("runs", f"{NAME}-1", "checkpoint.pt"))
         paths = given.get("checkpoint", (Path(given.get("out", newest.parent), newest.name),))
         stored, path = read_weights(*paths), " ".join(map(str, paths))
+        if not given.keys() & {"out", "checkpoint"}:
+            notice(f"the newest run with a checkpoint is {newest.parent}")
         if Path(paths[0]).name == newest.name:  # it lies in its run's folder
             given = {"out": str(Path(paths[0]).parent)} | given
         cfg = stored_config(stored, path, given, testing)
