@@ -236,7 +236,7 @@ def shell(main: Callable, name: str) -> None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
             text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
                     f"bf16, helps ({text})")
-        elif "DataLoader worker" in text or "shared memory" in text:
+        elif re.search(r"DataLoader worker \(pid|</torch_", text):    # torch's, of its processes
             text = ("a data process was ended from outside, by a lack of memory or of /dev/shm "
                     "perhaps; --workers 0 needs none")
         elif isinstance(error, RuntimeError):
@@ -327,7 +327,6 @@ COCO_STUFF = rows("""banner, blanket, branch, bridge, building-other, bush, cabi
     stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
     wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood,
     water-other, waterdrops, window-blind, window-other, wood""")[0]
-
 
 
 STREETS = ("sky", "building", "vegetation", "road", "sidewalk", "terrain", "wall", "pole",

@@ -596,6 +596,15 @@ def written(node: ast.AST) -> str:
     return "{}"
 
 
+@pytest.mark.parametrize("said, of_processes", [
+    ("unable to write to file </torch_7_8>: No space left on device (28)", True),
+    ("out of resource: shared memory, Required: 98304, Hardware limit: 65536", False)])
+def test_only_errors_of_data_processes_are_taken_for_them(said, of_processes, capfd):
+    with pytest.raises(SystemExit if of_processes else RuntimeError):
+        common.shell(Mock(side_effect=RuntimeError(said)), "x")
+    assert ("--workers 0" in capfd.readouterr().err) == of_processes
+
+
 def test_all_that_is_said_stands_in_the_table():
     """So each error, and each notice that names a cure, is provoked, and the cure is taken from the
     text and applied."""
