@@ -297,13 +297,18 @@ DRAWS = 32                                      # of the law, to compare with
 JUDGE = dict(width=16, steps=1200)     # after 600 the law's median is still on par with photos
 
 
+def weights_of(path: Path) -> tuple[Path, dict]:
+    """The file of a run's folder, or this file itself; and what it holds."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    return path, common.load_file(path, "name a run's folder, or a file of its weights")
+
+
 def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
     """What a run makes of the first test streets, (layouts, samples, 3, H, W) in [-1, 1].
 
     Its script's own `sample` writes them. It refuses --samples where it has no noise: one is made.
     """
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    stored = common.load_file(path, "name a run's folder, or a file of its weights")
+    path, stored = weights_of(path)
     cfg = stored.get("config", {})
     if cfg.get("data") != "" or cfg.get("task") not in (None, "labels", "labels2photo"):
         raise common.UserError(f"{path}: no run that makes photos of the built-in streets' labels")
@@ -324,20 +329,25 @@ def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
                             for some in files])
 
 
-def many_pictures(path: Path, size: tuple[int, int], n: int, gpu: int) -> Iterator[torch.Tensor]:
-    """What a run makes of n streets that nobody has trained on or chosen by; without a path their
-    photos. (1, 3, H, W) in [-1, 1]."""
-    streets = [(i, common.street(0, 2_000_000 + i, size)) for i in range(n)]
-    if not path:
-        yield from (torch.from_numpy(street["image"]).permute(2, 0, 1)[None] / 127.5 - 1
-                    for _, street in streets)
-        return
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    script = importlib.import_module(common.load_file(path, "name a run")["script"])
+def other_streets(size: tuple[int, int], n: int) -> list[dict]:
+    """Streets that nobody has trained on or chosen by."""
+    return [common.street(0, 2_000_000 + i, size) for i in range(n)]
+
+
+def photos_of(streets: list[dict]) -> Iterator[torch.Tensor]:
+    """(1, 3, H, W) in [-1, 1]."""
+    for street in streets:
+        yield torch.from_numpy(street["image"]).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def made_of(streets: list[dict], path: Path, gpu: int) -> Iterator[torch.Tensor]:
+    """What a run makes of them, (1, 3, H, W) in [-1, 1]."""
+    path, stored = weights_of(path)
+    script = importlib.import_module(stored["script"])
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("label", "instance"):
             Path(folder, kind).mkdir()
-            for i, street in streets:
+            for i, street in enumerate(streets):
                 Image.fromarray(street[kind].astype("uint16")).save(f"{folder}/{kind}/{i}.png")
         words = ["sample", "--checkpoint", str(path), "--input", f"{folder}/label", "--output",
                  f"{folder}/made", "--samples", "1", "--gpu", str(gpu)]
@@ -345,7 +355,7 @@ def many_pictures(path: Path, size: tuple[int, int], n: int, gpu: int) -> Iterat
             words += ["--instances", f"{folder}/instance"]
         with contextlib.redirect_stdout(io.StringIO()):
             script.main(words)
-        for i, _ in streets:
+        for i in range(len(streets)):
             yield common.read_image(Path(folder, "made", f"{i}.png"))[None] / 127.5 - 1
 
 
@@ -484,12 +494,11 @@ def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> d
                     "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | rows
         found[size] = {name: scores(pictures, streets, judge) for name, pictures in rows.items()}
         if options.frechet:
-            look = lambda path: features(judge, many_pictures(path, size, options.frechet,
-                                                              options.gpu))
-            photos = look(None)
+            others = other_streets(size, options.frechet)
+            photos = features(judge, photos_of(others))
             for path in set(rows) & set(paths):
                 found[size][path][0]["Frechet"] = lab2pix.frechet_distance(
-                    look(Path(path)), photos)
+                    features(judge, made_of(others, Path(path), options.gpu)), photos)
     return found
 
 

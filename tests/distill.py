@@ -27,9 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402 (before torch: it says how torch's threads wait)
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -46,7 +44,7 @@ def street(number: int, size: tuple[int, int]) -> Tensor:
 
 def read(path: Path) -> Tensor:
     """A photo (3, H, W) uint8; of a picture of street N, that street and the picture (6, H, W)."""
-    image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    image = common.read_image(path)
     number = re.match(r"street_(\d+)", path.name)
     return torch.cat([street(int(number[1]), image.shape[1:]), image]) if number else image
 

@@ -66,9 +66,9 @@ def test_pictures_are_what_the_script_samples(name, tmp_path):
     file = "street_1000001_3.png"
     as_user(name, f"sample --checkpoint {tmp_path}/run/checkpoint.pt --samples 3 --output o")
     assert torch.equal(pictures[1, 2], common.read_image(tmp_path / "o" / file) / 127.5 - 1)
-    judge, size = common.FCN8s(12, 2).eval(), (side, side)
-    made, photos = (benchmark.features(judge, benchmark.many_pictures(path, size, 3, -1))
-                    for path in (tmp_path / "run", None))
+    judge, others = common.FCN8s(12, 2).eval(), benchmark.other_streets((side, side), 3)
+    made, photos = (benchmark.features(judge, pictures) for pictures in (
+        benchmark.made_of(others, tmp_path / "run", -1), benchmark.photos_of(others)))
     assert made.shape == photos.shape == (3, 16) and not torch.equal(made, photos)
 
 
