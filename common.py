@@ -231,12 +231,13 @@ def shell(main: Callable, name: str) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, EOFError, MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
+        ended = (EOFError, ConnectionRefusedError, ConnectionResetError)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
             text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
                     f"bf16, helps ({text})")
-        elif re.search(r"DataLoader worker \(pid|</torch_", text):    # torch's, of its processes
+        elif isinstance(error, ended) or re.search(r"DataLoader worker \(pid|</torch_", text):
             text = ("a data process was ended from outside, by a lack of memory or of /dev/shm "
                     "perhaps; --workers 0 needs none")
         elif isinstance(error, RuntimeError):
@@ -1259,7 +1260,11 @@ def notice_scale(items: Dataset, trained: dict, size: tuple[int, int]) -> None:
 
 
 def as_trained(images: Tensor, understood: dict) -> Tensor:
-    """Outputs (B, C, H, W); grey if training's photos were grey: then only that can be right."""
+    """Outputs (B, C, H, W), which must be numbers; grey if training's photos were grey: then only
+    that can be right."""
+    if not images.isfinite().all():
+        raise UserError("the network's output is nan or infinite, so that no picture and no score "
+                        "of it means anything; another --checkpoint may be sound")
     if understood.get("image", {}).get("grey"):
         return images.mean(1, keepdim=True).expand_as(images)
     return images

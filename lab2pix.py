@@ -1610,8 +1610,11 @@ TABLE_1_2 = {"A_u": (.48, .09, .08, 133.2), "B_u": (.33, .11, .08, 117.7),
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Table 3: peak signal-to-noise ratio in dB of images in [-1, 1], (B, 3, H, W) -> (B,)."""
-    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
+    """Table 3: peak signal-to-noise ratio in dB of images in [-1, 1], (B, 3, H, W) -> (B,).
+
+    At most 100, which equal images have: infinity would be the mean of any set that has a pair.
+    """
+    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1).clamp(min=4e-10))
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import functools
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -378,7 +379,7 @@ faults("{} {} contradicts {}", ("leave the flag out", "--resume --out run --step
        (f"{ON} --lr 0.1", "--lr 0.1"), (f"{ON} --seed 7", "--seed 7", "0"), (f"{ON} --size 64 96",
        "--size", "64", "96"), (f"{ON} --preset toy", "--preset toy"))
 faults("{} {} contradicts {}", ("leave the flag out", OK), *((f"{mode} {RUN} --width 64", "64",
-       "4") for mode in ("sample", "evaluate")), only=("crn_imle", "pix2pix", "pix2pixhd"))
+       "4") for mode, vgg in (("sample", ""), ("evaluate", " --vgg random"))), only=("crn_imle", "pix2pix", "pix2pixhd"))
 for better in (f"{T} {{1}} run/checkpoint.pt", "{0} --steps 3 --checkpoint run/checkpoint.pt"):
     faults("--checkpoint goes with", (r"goes with (--resume) here; (--init)", better),
            f"{T} --checkpoint run/checkpoint.pt")
@@ -468,13 +469,6 @@ lab("this network has no noise, so one", ("so (one) image", "{line} --samples 1"
     ([f"{T} --first label --out o"], "sample --out o --samples 2 --limit 1"))
 
 
-def killed_worker() -> None:
-    said = io.TextIOWrapper(io.BytesIO(), write_through=True)
-    with patch.multiple(sys, stdout=None, stderr=said), pytest.raises(SystemExit):
-        common.shell(Mock(side_effect=RuntimeError("DataLoader worker (pid 7) is killed")), "x")
-    raise common.UserError(said.buffer.getvalue().decode())
-
-
 def busy(**env: str) -> None:
     with (patch.object(os, "getloadavg", lambda: (99.0,)), patch.dict(os.environ, env),
           patch.multiple(torch, get_num_threads=lambda: 8, set_num_threads=Mock())):
@@ -484,8 +478,11 @@ def busy(**env: str) -> None:
 
 
 pix("this machine is busy", (r"(OMP_NUM_THREADS)=(\d+)", lambda name, n: busy(**{name: n})), busy)
-pix("data process was ended from outside", ("(--workers 0) needs none", f"{T} {{0}}"),
-    killed_worker)
+faults("output is nan or infinite", ("another (--checkpoint)", "{line} {0} good.pt"), ([
+    lambda: shutil.copyfile("run/checkpoint.pt", "good.pt"), saved(lambda c: c | {"generator": {
+        key: 1e38 * value if value.is_floating_point() else value
+        for key, value in c["generator"].items()}})],
+    "sample --out run --gpu -1 --limit 1 --samples 1"))
 
 # What names a cure and stands in no row, and where it is looked at instead; and what names none:
 # errors of which the file or the value that they begin with is the whole matter, and notices.
@@ -494,6 +491,7 @@ ELSEWHERE = {
     "looks dead: D's": "test_a_run_that_died_in_finite_numbers_says_so_and_keeps_the_last_good",
     "check its permissions": "test_what_may_not_be_read_or_written",
     "may not be written; name another": "test_what_may_not_be_read_or_written",
+    "data process was ended from outside": "test_a_killed_data_process_is_one_line",
     "not saved, since weights are nan": "test_nan_is_never_saved",
     ": stopped; the last good checkpoint": "test_nan_is_never_saved",
     "cannot be written ({}); the last good": "test_a_disk_that_is_full_half_way"}
@@ -597,11 +595,12 @@ def written(node: ast.AST) -> str:
 
 
 @pytest.mark.parametrize("said, of_processes", [
-    ("unable to write to file </torch_7_8>: No space left on device (28)", True),
-    ("out of resource: shared memory, Required: 98304, Hardware limit: 65536", False)])
+    (RuntimeError("unable to write to file </torch_7_8>: No space left on device (28)"), True),
+    (EOFError(), True), (ConnectionResetError(104, "Connection reset by peer"), True),
+    (RuntimeError("out of resource: shared memory, Required: 98304, limit: 65536"), False)])
 def test_only_errors_of_data_processes_are_taken_for_them(said, of_processes, capfd):
     with pytest.raises(SystemExit if of_processes else RuntimeError):
-        common.shell(Mock(side_effect=RuntimeError(said)), "x")
+        common.shell(Mock(side_effect=said), "x")
     assert ("--workers 0" in capfd.readouterr().err) == of_processes
 
 
@@ -701,6 +700,22 @@ def test_a_data_process_says_the_same_line(templates):
     assert life.err.startswith("pix2pix.py: error: data/train_img/4.png"), life.err
 
 
+def kill_workers(script, when: int) -> None:
+    in_step(script, when, lambda state: [p.kill() for p in multiprocessing.active_children()])
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_killed_data_process_is_one_line(when, templates):
+    """By a lack of memory, say. torch says so wherever the training is, in the midst of a step."""
+    templates("pix2pix", run=False)
+    life = lives("pix2pix", filled(f"{T} --workers 1 --steps 9", "pix2pix"), kill_workers, when)
+    assert life.code == 2 and len(life.err.splitlines()) == 1, life.err
+    cure = re.search("(--workers 0) needs none", life.err)
+    assert cure, life.err
+    again = "--resume --out r" if Path("r/checkpoint.pt").exists() else T
+    works("pix2pix", filled(f"{again} --steps 9 {cure[1]}", "pix2pix"))
+
+
 def as_nobody(act, *arguments: str) -> None:
     """act(*arguments) in a process of its own; if we are root, who may do all, of another user."""
     child = os.fork()
@@ -718,7 +733,8 @@ def as_nobody(act, *arguments: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="permissions are another thing on Windows")
 @pytest.mark.parametrize("path, rights, line, cure", [
     ("data/train_label", 0, T, "check its permissions"), ("data/train_img/0.png", 0, T, ""),
-    ("r", 0o555, T, ""), ("run", 0o555, f"sample {RUN} --limit 1", "name another --out"),
+    ("r", 0o555, T, ""), *(("run", 0o555, f"{mode} {RUN} --limit 1{vgg}", "name another --out")
+                           for mode, vgg in (("sample", ""), ("evaluate", " --vgg random"))),
     ("run/checkpoint.pt", 0, f"sample {RUN} --limit 1", "")])
 def test_what_may_not_be_read_or_written(path, rights, line, cure, templates):
     templates("pix2pix")
