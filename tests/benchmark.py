@@ -282,6 +282,7 @@ def data_tables(options: argparse.Namespace) -> None:
 COLUMNS = {
     "pixel acc": "FCN-score: share of pixels that a judge, trained on real photos, labels right",
     "IoU": "FCN-score: intersection over union, mean over the classes",
+    "small": "IoU of persons, poles and traffic signs alone",
     "sharp": "mean |Laplacian| over that of true photos: 1 is right, below is blurred, above noisy;"
              "\n           without the sensor's grain, which few models make, see that row",
     "least": "sharp of the class where it is least", "of": "that class",
@@ -289,8 +290,10 @@ COLUMNS = {
     "colours": "energy distance of regions' mean colours to the law, over the law's own spread,\n"
                "           mean over the classes: 0 is right, by chance a little below it",
     "variance": "of pixels over the samples of one layout, over that of the law: 1 is right",
+    "snow": "share of snow among the samples, over its share of the law: 1 is right",
     "times": "times of day among the samples of a layout, over those among as many true photos",
     "paints": "colours of a vehicle among the samples of a layout, over those among true photos",
+    "apart": "difference of colours across the border of vehicles that touch, over that of photos",
     "fits": "class validity: share of regions whose mean colour is that of some mode",
     "valid": "joint precision: share of pictures all of whose regions are of one mode"}
 DRAWS = 32                                      # of the law, to compare with
@@ -329,6 +332,7 @@ def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
                             for some in files])
 
 
+@functools.cache
 def other_streets(size: tuple[int, int], n: int) -> list[dict]:
     """Streets that nobody has trained on or chosen by."""
     return [common.street(0, 2_000_000 + i, size) for i in range(n)]
@@ -380,8 +384,9 @@ def street_of(index: int, item: dict, samples: int) -> SimpleNamespace:
     clean, draws = (torch.from_numpy(x).float().permute(0, 3, 1, 2) * 2 - 1 for x in (clean, draws))
     kinds = torch.zeros(len(oracle.area), dtype=torch.int64)        # the class of each region
     kinds[oracle.regions] = item["label"].flatten()
-    return SimpleNamespace(oracle=oracle, label=item["label"], kinds=kinds, photo=item["image"],
-                           clean=clean[:samples], sampled=draws[:samples], law=draws[samples:])
+    return SimpleNamespace(oracle=oracle, label=item["label"], instance=item["instance"],
+                           kinds=kinds, photo=item["image"], clean=clean[:samples],
+                           sampled=draws[:samples], law=draws[samples:])
 
 
 def flat(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -401,6 +406,18 @@ def edges(images: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     n = len(common.STREETS)
     return torch.stack([torch.bincount(label.flatten(), size, n),
                         torch.bincount(label.flatten(), minlength=n) * 3 * len(images)])
+
+
+def across(images: torch.Tensor, street: SimpleNamespace) -> float:
+    """How much colours differ, |difference| summed, from pixel to pixel where one vehicle touches
+    another; images (n, 3, H, W), mean over n."""
+    total, of_vehicle = 0., [common.CLASS_ID[kind] for kind in common.COLOR_LAW]
+    for turn in (lambda x: x, lambda x: x.mT):              # down, and to the right
+        label, instance = turn(street.label), turn(street.instance)
+        vehicle = torch.isin(label, torch.tensor(of_vehicle))
+        border = vehicle[1:] & vehicle[:-1] & (instance[1:] != instance[:-1])
+        total += turn(images).diff(dim=-2).abs()[..., border].sum().item()
+    return total / len(images)
 
 
 def energy_distance(x: torch.Tensor, law: torch.Tensor, owner: torch.Tensor) -> float:
@@ -442,9 +459,13 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
             images, street.law)), [i] * len(street.kinds))
         seen = oracle.read(images)
         pairs = [(name, (seen[name].mean().item(), 1)) for name in ("fits", "valid")]
+        if (truth := across(street.law, street)) > 0:
+            pairs += [("apart", (across(images, street), truth))]
         if len(images) > 1:
             pairs += [("variance", tuple(x.var(0).mean().item() for x in (images, street.law))),
                       ("times", variety(oracle.times(seen["mode"]), common.TIMES))]
+            snow = sum(oracle.airs[air][1] == "snow" for air in seen["mode"][:, 0])
+            pairs += [("snow", (snow / len(images), common.WEATHERS["snow"]))]
             paints = zip(seen["mode"].T[1:].tolist(), oracle.layout.vehicles)
             pairs += [("paints", variety(x, common.COLOR_LAW[kind])) for x, (_, kind) in paints]
         for name, pair in pairs:
@@ -461,7 +482,9 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
     low = classes["sharp"].nan_to_num(math.inf).argmin().item()
     overall = (made.sum(1)[0] / made.sum(1)[1] * true.sum(1)[1] / true.sum(1)[0]).item()
     found = common.segmentation_scores(confusion)
+    small = [table.names.index(name) for name in ("person", "pole", "traffic sign")]
     return row | {"pixel acc": found["per-pixel acc"], "IoU": found["class IOU"], "sharp": overall,
+                  "small": classes["IoU"][small].nanmean().item(),
                   "least": classes["sharp"][low].item(), "of": table.names[low][:9],
                   "colours": classes["colours"].nanmean().item()}, classes
 

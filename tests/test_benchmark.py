@@ -72,6 +72,19 @@ def test_pictures_are_what_the_script_samples(name, tmp_path):
     assert made.shape == photos.shape == (3, 16) and not torch.equal(made, photos)
 
 
+def test_touching_vehicles_are_told_apart_by_their_border():
+    label = torch.full((4, 6), common.CLASS_ID["road"])
+    label[1:3, 1:5], instance = common.CLASS_ID["car"], torch.zeros(4, 6, dtype=torch.int64)
+    instance[1:3, 1:3], instance[1:3, 3:5] = 1, 2
+    street, grey = SimpleNamespace(label=label, instance=instance), torch.zeros(2, 3, 4, 6)
+    apart = grey.clone()
+    apart[..., instance == 2] = .5
+    assert benchmark.across(grey, street) == 0
+    assert benchmark.across(apart, street) == .5 * 3 * 2                 # 2 pixels high
+    street.instance = torch.ones_like(instance)
+    assert benchmark.across(apart, street) == 0
+
+
 def test_an_order_holds_falls_or_lies_within_the_spread():
     assert tables.verdict([3, 4, 5], [0, 1, 2]) == "holds"
     assert tables.verdict([0, 1, 2], [3, 4, 5]) == "falls"
@@ -83,14 +96,15 @@ def test_an_order_holds_falls_or_lies_within_the_spread():
 
 
 def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys):
-    tiny = tables.of("pix2pix", ("IoU", "sharp", "colours"), f"{TINY['pix2pix']} --steps 2", {
+    flags = f"{TINY['pix2pix']} --steps 2"
+    tiny = tables.of("pix2pix", "IoU", ("IoU", "sharp", "Frechet"), flags, {
         "L1": ("--loss L1", .42), "L1+cGAN": ("", .66)})
-    labels = tables.of("pix2pix", ("class IOU",), f"{tiny.flags} --task photo2labels", {
+    labels = tables.of("pix2pix", "class IOU", ("class IOU",), f"{flags} --task photo2labels", {
         "cGAN": ("--loss cGAN", .74), "L1+cGAN": ("", .83)})
     monkeypatch.setattr(tables, "TABLES", {"one": tiny, "two": tiny, "labels": labels})
     monkeypatch.setattr(benchmark, "JUDGE", dict(width=2, steps=2))
-    words = f"tables --seeds 2 --images 2 --samples 2 --threads 1 --gpu -1 --out {tmp_path}"
-    monkeypatch.setattr("sys.argv", words.split())
+    words = "tables --seeds 2 --images 2 --samples 2 --frechet 3 --threads 1 --gpu -1 --out"
+    monkeypatch.setattr("sys.argv", [*words.split(), str(tmp_path)])
     tables.main()
     said = capsys.readouterr().out
     assert len(list(tmp_path.glob("pix2pix-*/table.json"))) == 8       # two rows, two seeds, twice
@@ -100,7 +114,7 @@ def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys)
 
 
 def test_runs_are_compared_with_half_as_long_ones(capsys, monkeypatch):
-    table = tables.of("pix2pix", ("IoU", "sharp"), "--epochs 12 --size 64 64", {
+    table = tables.of("pix2pix", "IoU", ("IoU", "sharp"), "--epochs 12 --size 64 64", {
         "a": ("", .4), "b": ("", .5), "c": ("", .6)})
     monkeypatch.setattr(tables, "TABLES", {"one": table})
     assert tables.commands("one", 1, half=True)["a", 0] == "--epochs 6 --size 64 64 --seed 0"
