@@ -190,6 +190,7 @@ TRAIN, SAMPLE, BEFORE = ("train",), ("sample",), ("train", "check", "trace")    
 
 # ---------------------------------------------------------------------------------- 1 Config
 
+# Settings that one version knows; in the other they are off or 0.
 V1_ALONE, V2_ALONE = ("short", "pg", "lambda_3", "lambda_4"), ("edges", "lambda_5", "lambda_6")
 
 
@@ -394,7 +395,7 @@ def check_size(cfg: Config) -> None:
     """
     multiple = max(2 ** cfg.ups, 32)
     check_sides("--size", cfg.size, multiple, 2 * multiple,
-                f"G has {cfg.ups} doublings, each discriminator up to five halvings")
+                f"G has --ups {cfg.ups} doublings, each discriminator up to five halvings")
 
 
 # -------------------------------------------------------------------------------- 2 Networks
@@ -515,7 +516,9 @@ class DGNorm(nn.Module):
             guide = guide + h
         gamma, beta = self.gamma_beta(guide).chunk(2, 1)                     # each (B, C, ., .)
         e = self.norm(e)                                                     # Eq. (3)
-        return gamma * (e + 1) + beta if self.eq5 else (1 + gamma) * e + beta        # Eq. (5)
+        if self.eq5:
+            return gamma * (e + 1) + beta
+        return (1 + gamma) * e + beta
 
 
 class GenResBlk(nn.Module):
@@ -765,8 +768,7 @@ class PerceptualDiscriminator(nn.Module):
             v1 = norm == "instance"
             return [InstanceNorm(c), nn.LeakyReLU(0.2)] if v1 else unit(c, c, 3, 1, norm)
 
-        for level, c_tap in enumerate(c_taps[:levels]):
-            c_main = 4 * width if level == 0 else c
+        for c_main, c_tap in [*zip((4 * width, c, c), c_taps)][:levels]:
             self.pre.append(nn.Sequential(*settle(c_tap)))
             self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, norm)))
             self.out.append(nn.Sequential(*settle(c), nn.Conv2d(c, 1, 5, 1, 2)))
@@ -880,7 +882,7 @@ class ICNet(nn.Module):
         self.up_2 = nn.Sequential(*unit(4 * c, 4 * c, dilation=2)[:2])
         self.sub_1 = nn.Sequential(
             *unit(3, c, 3, 2), *unit(c, c, 3, 2), *unit(c, 2 * c, 3, 2),
-            *unit(2 * c, 4 * c, 1)[:2])                                   # (B, 128, 32, 32)
+            *unit(2 * c, 4 * c, 1)[:2])                                      # (B, 128, 32, 32)
         self.out = nn.Conv2d(4 * c, classes, 5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1262,6 +1264,7 @@ def boundary_map(instance: Tensor) -> Tensor:
     image's own border is none. Ids themselves cannot be fed to a network: their number varies, and
     their values mean nothing. What tells touching cars apart is where one ends.
     """
+    # Of each pair of neighbours that differ, both pixels are marked.
     across, down = instance.diff(dim=2) != 0, instance.diff(dim=1) != 0
     edge = (F.pad(across, (1, 0)) | F.pad(across, (0, 1))
             | F.pad(down, (0, 0, 1, 0)) | F.pad(down, (0, 0, 0, 1)))
@@ -1269,7 +1272,7 @@ def boundary_map(instance: Tensor) -> Tensor:
 
 
 def make_pair(batch: dict, cfg: Config) -> dict:
-    """A batch of common.Dataset with "input" M (B, N, H, W) added, and with T > 1 its "mask" M_en.
+    """A batch of common.Dataset with "input" M (B, N, H, W) added, and of labels "mask" M_en.
 
     Labels are one-hot, in V2 with the edges of instances, which the paper does not mention and the
     release feeds. A sketch has one channel, ink -1, and its "label" (for S) says where the ink is.
@@ -1281,10 +1284,8 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     m = F.one_hot(batch["label"], class_table(cfg.classes).channels).movedim(-1, 1).float()
     if cfg.edges:
         m = torch.cat([m, boundary_map(batch["instance"])], 1)
-    batch = batch | {"input": m.contiguous()}
-    if cfg.T != 1:
-        batch["mask"] = foreground_mask(batch["label"], cfg.classes, cfg.T, cfg.version)
-    return batch
+    mask = foreground_mask(batch["label"], cfg.classes, cfg.T, cfg.version)
+    return batch | {"input": m.contiguous(), "mask": mask}
 
 
 def pyramid(x: Tensor, n: int, cfg: Config) -> list[Tensor]:
@@ -1406,7 +1407,8 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
     ms, ys = pyramid(m, n, cfg), pyramid(y, n, cfg)                          # M; Y_3, Y_2, (Y_1)
     vgg_y = perceive(state.vgg16, ys)           # serves both players
 
-    # G: D, which is not changed, also shows G which features it finds in the real photo.
+    # G: D is frozen, and shows G which features it finds in the real photo, too.
+    D.requires_grad_(False)
     xs = pyramid(G(z, m)[0], n, cfg)                                         # X_3, X_2, (X_1)
     fake = D(with_label(xs, ms), perceive(state.vgg16, xs))
     losses = {"g_adv": generator_loss(fake, cfg.gan, w)}                     # Eq. (24)
@@ -1416,18 +1418,18 @@ def step_v2(state: State, batch: dict, cfg: Config) -> dict[str, Tensor]:
         losses["g_vgg"] = perceptual_loss(perceive(state.vgg19, xs[:k]),
                                           perceive(state.vgg19, ys[:k]), weights)      # Eq. (28)
     if cfg.lambda_6:
-        with torch.no_grad():
-            real = D(with_label(ys, ms), vgg_y)
+        real = D(with_label(ys, ms), vgg_y)
         losses["g_fm"] = feature_matching_loss(fake, real, cfg.released)        # Eq. (29)
     objective = (losses["g_adv"] + cfg.lambda_5 * losses.get("g_vgg", 0.0)
                  + cfg.lambda_6 * losses.get("g_fm", 0.0))
     state.opt_g.zero_grad(set_to_none=True)
-    objective.backward(inputs=trained(G))
+    objective.backward()
     state.opt_g.step()
 
     # D: photos, images of the new G, blurred photos, all three with the label and the mask. Judged
     # in one batch or one by one they get the same verdicts, since instance norm looks at each image
     # alone; one by one is as fast.
+    D.requires_grad_(True)
     with torch.no_grad():
         xs = pyramid(G(z, m)[0], n, cfg)
     softs = [blur(each) for each in ys]                                      # Y_3^f, Y_2^f, (Y_1^f)
@@ -1961,11 +1963,11 @@ def rename_released(stored: dict, path: Path) -> dict:
     if not {"noise_process.weight", "conv_img.weight"} & stored.keys():
         raise UserError(f"{path}: no checkpoint of {NAME}.py and no released generator; its first "
                         f"key is {next(iter(stored), 'missing')}")
-    blocks = [key.split(".")[0] for key in stored             # in the order in which they run
-              if key.endswith((".norm_0.mlp_gamma.bias", ".SPADE_1.mul_conv.bias"))]
+    # Blocks stand there in the order in which they run, heads of the global encoder in reverse.
+    blocks = dict.fromkeys(key.split(".")[0] for key in stored if re.search("norm_0|SPADE_1", key))
     sizes = len({key.split(".")[2] for key in stored if key.startswith("fpencoder.model_up")})
     here = [(rf"^{block}\.", f"blocks.{k}.") for k, block in enumerate(blocks)]
-    here.append((r"^fpencoder\.model_up\.(\d+)\.\d+",              # theirs: largest factor first
+    here.append((r"^fpencoder\.model_up\.(\d+)\.\d+",
                  lambda k: f"globe.enlarged.{sizes - 1 - int(k[1])}"))
     found, ade20k = {}, any(v.ndim == 4 and v.shape[1] == 151 for v in stored.values())
     for key, value in stored.items():
@@ -2014,8 +2016,7 @@ def released_config(stored: dict, given: dict) -> dict:
 
 def for_testing(cfg: Config) -> Config:
     """The config with which a network is built to be tested: G alone."""
-    return replace(cfg, compile=False, discriminator=None, lambda_3=0.0, lambda_4=0.0,
-                   lambda_5=0.0)
+    return replace(cfg, compile=False, discriminator=None, lambda_3=0.0, lambda_4=0.0, lambda_5=0.0)
 
 
 def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
