@@ -151,7 +151,6 @@ Run         python lab2pix.py                               built-in streets, mi
 """
 
 import atexit
-import functools
 import itertools
 import json
 import math
@@ -191,6 +190,7 @@ TRAIN, SAMPLE, BEFORE = ("train",), ("sample",), ("train", "check", "trace")    
 
 # ---------------------------------------------------------------------------------- 1 Config
 
+# Settings that one version knows; in the other they are off or 0.
 V1_ALONE, V2_ALONE = ("short", "pg", "lambda_3", "lambda_4"), ("edges", "lambda_5", "lambda_6")
 
 
@@ -222,14 +222,14 @@ class Config:
     # 2^ups. dgnorm, pg, lsca and discriminator are the switches of the ablation tables. D_3 judges
     # the full image at three levels, D_2 half of it at two, D_1 a quarter at one.
     width: int = setting(64, "channels before the output; 16 times as many at first", POSITIVE)
-    ups: int = setting(6, "doublings in G; 5 at 256 x 256, 7 in V2-H and V1", Within(4, 8))
+    ups: int = setting(6, "doublings in G; 5 at 256 x 256, 7 in V2-H and V1", Within(4, 7))
     first: str = setting("noise", "first feature from z, or as in SPADE", ("noise", "label"))
     dgnorm: bool = setting(True, "global encoder and DG-Norm, Sec. 3.1.2; without: SPADE")
     eq5: bool = setting(False, "Eq. (5) as it is printed")
     short: bool = setting(False, "V1: help for short runs, ours: speak_up, bilinear doublings")
     pg: bool = setting(False, "V1: progressive generation, three outputs, Sec. 4.1.1")
     lsca: bool = setting(False, "V1: spatial co-attention, Sec. 3.1.3")
-    discriminator: str = setting("hpd", "Sec. 3.2.1, or SPADE's", ("hpd", "patch", "none"))
+    discriminator: str = setting("hpd", "Sec. 3.2.1, or SPADE's", ("hpd", "patch"))
     d_norm: str = setting("both", "in D; instance: V1's", ("instance", "spectral", "both"))
     gain: float = setting(0.02, "of Xavier's initial weights, SPADE's; 0: N(0, 0.02), V1's", COUNT)
     # The objective, Eq. (20) for V1 and Eq. (31) for V2. The lambdas carry the paper's numbers, and
@@ -284,8 +284,6 @@ class Config:
         for name in V2_ALONE if v1 else V1_ALONE:
             if getattr(self, name):
                 raise UserError(f"{flag(name)}: not in --version {self.version}")
-        if not 4 + v1 <= self.ups <= 7 + v1:
-            raise UserError(f"--ups {self.ups}: must be {4 + v1}..{7 + v1} in {self.version}")
         if self.task == "sketch" and (not v1 or self.T != 1):
             raise UserError("--task sketch: for --version V1, with --T 1: no foreground")
         if (self.lsca or self.lambda_3) and not self.pg:
@@ -303,16 +301,15 @@ class Config:
         return 3 if self.pg or self.version == "V2-H" else 2
 
 
-# Sec. 5.2, what each version changes against the defaults above. V1 trains on one image at a time
-# with the original, vanilla GAN loss and a weaker mask (T = 2). Its lambda_3 is small because Eq.
-# (18) is a norm, a root of a sum over all positions, which is large by itself.
+# Sec. 5.2, what V1 and V2-H change against the defaults above, which are V2's. V1 trains on one
+# image at a time with the original, vanilla GAN loss and a weaker mask (T = 2). Its lambda_3 is
+# small because Eq. (18) is a norm, a root of a sum over all positions, which is large by itself.
 # SKETCH is V1 for sketches: squares, no mask, lambda_2 = 1 from the start. AT_256 is V2 on
 # COCO-Stuff and ADE20K.
 VERSIONS = {
     "V1": dict(version="V1", edges=False, ups=7, gain=0.0, pg=True, lsca=True, d_norm="instance",
                gan="vanilla", T=2.0, ramp=True, lambda_3=5e-6, lambda_4=10.0, lambda_5=0.0,
                lambda_6=0.0, epochs=100, batch_size=1, test_norm="image"),
-    "V2": dict(version="V2"),
     "V2-H": dict(version="V2-H", size=(512, 1024), ups=7, batch_size=8)}
 SKETCH = dict(size=(256, 256), ups=5, T=1.0, ramp=False, epochs=10, batch_size=4)
 AT_256 = dict(size=(256, 256), ups=5, augment="jitter", batch_size=40, epochs=100)
@@ -393,14 +390,12 @@ def configure(preset: str = "", given: dict | None = None, **more) -> Config:
 def check_size(cfg: Config) -> None:
     """The size at training time suits G, which doubles, and D, which halves; at test time any does.
 
-    The deepest verdict of each D_i is at 1/32 of X_3. A single pixel, normalised, would be 0.
+    The deepest verdict of each D_i is at 1/32 of X_3. Two pixels a side are the least everywhere: a
+    single one, normalised, would be 0.
     """
-    least, h, w = max(2 ** cfg.ups, 32), *cfg.size
-    check_sides("--size", cfg.size, least, max(least, 64),
-                f"G has {cfg.ups} doublings, each discriminator up to five halvings")
-    if h * w * cfg.batch_size == 4 ** cfg.ups:
-        raise UserError(f"--size {h} {w}: G's first feature is one pixel, which a norm makes 0; a "
-                        "larger --size or --batch-size would do")
+    multiple = max(2 ** cfg.ups, 32)
+    check_sides("--size", cfg.size, multiple, 2 * multiple,
+                f"G has --ups {cfg.ups} doublings, each discriminator up to five halvings")
 
 
 # -------------------------------------------------------------------------------- 2 Networks
@@ -586,14 +581,12 @@ def resize_label(m: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(m, size, mode="nearest")
 
 
-def first_feature(start: nn.Linear, z: Tensor, trained: tuple[int, int],
-                  size: tuple[int, int]) -> Tensor:
-    """f_z: a fully connected layer on z, reshaped to (B, C, *size) (Sec. 3.1.1).
+def first_feature(f: Tensor, trained: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """f_z (Sec. 3.1.1): what the fully connected layer made of z, as a map (B, C, *size).
 
     The layer makes a map for the size of training; for an image of another size it is stretched.
     """
-    f = start(z).unflatten(1, (-1, *trained))
-    return f if trained == size else F.interpolate(f, size, mode="nearest")
+    return F.interpolate(f.unflatten(1, (-1, *trained)), size, mode="nearest")
 
 
 class GeneratorV1(nn.Module):
@@ -635,7 +628,7 @@ class GeneratorV1(nn.Module):
 
     def forward(self, z: Tensor, m: Tensor) -> list[Tensor]:
         size = tuple(side // self.multiple for side in m.shape[-2:])         # 2 x 4 at 256 x 512
-        d, stages = first_feature(self.start, z, self.trained, size), len(self.blocks)
+        d, stages = first_feature(self.start(z), self.trained, size), len(self.blocks)
         if self.encoder is not None:
             d = torch.cat([self.encoder(m), d], 1) if self.uses_z else self.encoder(m)
         h = self.globe(m) if self.globe is not None else [None] * stages     # H for each block
@@ -669,9 +662,7 @@ class GeneratorV2(nn.Module):
                  noise: int = 128, first: str = "noise", dgnorm: bool = True, eq5: bool = False):
         super().__init__()
         self.multiple, self.trained = 2 ** ups, tuple(side // 2 ** ups for side in size)
-        c = [16 * width, 16 * width, 16 * width, 16 * width, 8 * width, 4 * width, 2 * width, width]
-        if ups == 7:
-            c.append(width // 2)
+        c = [width * k for k in (16, 16, 16, 16, 8, 4, 2, 1)] + [width // 2] * (ups == 7)
         # How many doublings stand before each block.
         self.levels = [*itertools.accumulate([0, ups > 4, ups > 5, 1, 1, 1, 1, 1])]
         self.start = nn.Conv2d(n, c[0], 3, 1, 1) if first == "label" else (
@@ -683,10 +674,8 @@ class GeneratorV2(nn.Module):
 
     def forward(self, z: Tensor, m: Tensor) -> list[Tensor]:
         size = tuple(side // self.multiple for side in m.shape[-2:])         # 4 x 8 at 256 x 512
-        if isinstance(self.start, nn.Conv2d):
-            d = self.start(resize_label(m, size))                            # (B, 1024, *size)
-        else:
-            d = first_feature(self.start, z, self.trained, size)
+        d = self.start(resize_label(m, size)) if isinstance(self.start, nn.Conv2d) else (
+            first_feature(self.start(z), self.trained, size))                # (B, 1024, *size)
         h = self.globe(m) if self.globe is not None else [None] * 8
         for block, k in zip(self.blocks, self.levels):
             here = (size[0] << k, size[1] << k)                              # 4 x 8 .. 256 x 512
@@ -694,9 +683,10 @@ class GeneratorV2(nn.Module):
         return [torch.tanh(self.head(F.leaky_relu(d, 0.2)))]
 
 
-def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, norm: str = "both",
+def unit(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, norm: str = "batch",
          dilation: int = 1) -> list[nn.Module]:
-    """Convolution, norm, activation: what D_i and S_i are made of. S_i has "batch" norm and ReLU.
+    """Convolution, norm, activation: what D_i and S_i are made of. S_i has "batch" norm and ReLU;
+    a slice [:2] of it is without the ReLU.
 
     D_i has LeakyReLU and one of three norms. Spectral norm bounds how fast its verdict can change
     with the image; the paper does not mention it, the released V2 has it. Instance norm hides from
@@ -778,8 +768,7 @@ class PerceptualDiscriminator(nn.Module):
             v1 = norm == "instance"
             return [InstanceNorm(c), nn.LeakyReLU(0.2)] if v1 else unit(c, c, 3, 1, norm)
 
-        for level, c_tap in enumerate(c_taps[:levels]):
-            c_main = 4 * width if level == 0 else c
+        for c_main, c_tap in [*zip((4 * width, c, c), c_taps)][:levels]:
             self.pre.append(nn.Sequential(*settle(c_tap)))
             self.join.append(nn.Sequential(*unit(c_main + c_tap, c, 3, 1, norm)))
             self.out.append(nn.Sequential(*settle(c), nn.Conv2d(c, 1, 5, 1, 2)))
@@ -811,8 +800,8 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, c_in: int, width: int = 64):
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(*layers) for layers in (
-            unit(c_in, width, 4, 2, "none"), unit(width, 2 * width, 4, 2),
-            unit(2 * width, 4 * width, 4, 2), unit(4 * width, 8 * width, 4, 1)))
+            unit(c_in, width, 4, 2, "none"), unit(width, 2 * width, 4, 2, "both"),
+            unit(2 * width, 4 * width, 4, 2, "both"), unit(4 * width, 8 * width, 4, 1, "both")))
         self.last = nn.Conv2d(8 * width, 1, 4, 1, 2)
 
     def forward(self, x: Tensor, vgg: dict[str, Tensor]) -> Judged:
@@ -843,9 +832,6 @@ class Discriminators(nn.Module):
         return [d_i(x, features) for d_i, x, features in zip(self.scales, xs, vgg)]
 
 
-unit_s = functools.partial(unit, norm="batch")              # of S_i; its [:2] are without the ReLU
-
-
 class Bottleneck(nn.Module):
     """ICNet's residual block: 1 x 1, 3 x 3, 1 x 1, each with batch norm, around a skip.
 
@@ -856,10 +842,10 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in: int, c_mid: int, c_out: int, stride: int = 1, dilation: int = 1):
         super().__init__()
         self.branch = nn.Sequential(
-            *unit_s(c_in, c_mid, 1, stride), *unit_s(c_mid, c_mid, dilation=dilation),
-            *unit_s(c_mid, c_out, 1)[:2])
+            *unit(c_in, c_mid, 1, stride), *unit(c_mid, c_mid, dilation=dilation),
+            *unit(c_mid, c_out, 1)[:2])
         self.skip = nn.Identity() if c_in == c_out else (
-            nn.Sequential(*unit_s(c_in, c_out, 1, stride)[:2]))
+            nn.Sequential(*unit(c_in, c_out, 1, stride)[:2]))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.skip(x) + self.branch(x))
@@ -882,7 +868,7 @@ class ICNet(nn.Module):
         super().__init__()
         c, self.size = width, size
         self.sub_2 = nn.Sequential(                                          # for 256: 128 -> 32
-            nn.AvgPool2d(2), *unit_s(3, c, 3, 2), *unit_s(c, c), *unit_s(c, 2 * c),
+            nn.AvgPool2d(2), *unit(3, c, 3, 2), *unit(c, c), *unit(c, 2 * c),
             nn.MaxPool2d(3, 2, 1), Bottleneck(2 * c, c, 4 * c),
             *(Bottleneck(4 * c, c, 4 * c) for _ in range(2)),
             Bottleneck(4 * c, 2 * c, 8 * c, 2))                              # (B, 256, 16, 16)
@@ -890,13 +876,13 @@ class ICNet(nn.Module):
             nn.AvgPool2d(2), *(Bottleneck(8 * c, 2 * c, 8 * c) for _ in range(3)),
             *(Bottleneck(16 * c if i else 8 * c, 4 * c, 16 * c, 1, 2) for i in range(6)),
             *(Bottleneck(32 * c if i else 16 * c, 8 * c, 32 * c, 1, 4) for i in range(3)))
-        self.reduce = nn.Sequential(*unit_s(32 * c, 8 * c, 1))
-        self.up_4 = nn.Sequential(*unit_s(8 * c, 4 * c, dilation=2)[:2])
-        self.side_2 = nn.Sequential(*unit_s(8 * c, 4 * c, 1)[:2])
-        self.up_2 = nn.Sequential(*unit_s(4 * c, 4 * c, dilation=2)[:2])
+        self.reduce = nn.Sequential(*unit(32 * c, 8 * c, 1))
+        self.up_4 = nn.Sequential(*unit(8 * c, 4 * c, dilation=2)[:2])
+        self.side_2 = nn.Sequential(*unit(8 * c, 4 * c, 1)[:2])
+        self.up_2 = nn.Sequential(*unit(4 * c, 4 * c, dilation=2)[:2])
         self.sub_1 = nn.Sequential(
-            *unit_s(3, c, 3, 2), *unit_s(c, c, 3, 2), *unit_s(c, 2 * c, 3, 2),
-            *unit_s(2 * c, 4 * c, 1)[:2])                                   # (B, 128, 32, 32)
+            *unit(3, c, 3, 2), *unit(c, c, 3, 2), *unit(c, 2 * c, 3, 2),
+            *unit(2 * c, 4 * c, 1)[:2])                                      # (B, 128, 32, 32)
         self.out = nn.Conv2d(4 * c, classes, 5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1163,8 +1149,8 @@ class Unpaired(common.Dataset):
 
     def partner(self, i: int, epoch: int) -> int:
         """Which photo stands beside label i in an epoch."""
-        n, chance = len(self.photos), torch.Generator()
-        chance.manual_seed(hash((self.seed, epoch)) % 2 ** 63)
+        n = len(self.photos)
+        chance = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2 ** 63)
         k = (i + int(torch.randint(1, max(n, 2), (1,), generator=chance))) % n
         return (k + 1) % n if self.photos.names[k] == self.names[i] else k
 
@@ -1177,8 +1163,6 @@ class Unpaired(common.Dataset):
 def open_data(cfg: Config) -> tuple[Config, common.Dataset, common.Dataset]:
     """Both splits, and the config with what the data turned out to be: classes, edges."""
     check_size(cfg)
-    if cfg.discriminator == "none":
-        raise UserError("--discriminator none: training needs one; use hpd or patch")
     if cfg.version == "V1":
         train_set = dataset(cfg, "train", Unpaired, only=lists(cfg))
     else:
@@ -1215,24 +1199,19 @@ def networks(cfg: Config) -> tuple[nn.Module, Discriminators | None, Segmenters 
     else:
         generator = GeneratorV2(*sizes, cfg.first, cfg.dgnorm, cfg.eq5)
     discriminator, segmenter = None, None
-    if cfg.discriminator != "none":
+    if cfg.discriminator:                        # VGG has 64 channels; a random one is as thin as D
+        vgg_width = {"random": cfg.width, "imagenet": 64}.get(cfg.vgg) or len(
+            common.read_vgg(16, cfg.vgg)[1][0])
         discriminator = Discriminators(3 if v1 else n + 3, cfg.scales, cfg.width,
-                                       cfg.discriminator, cfg.d_norm, vgg_width(cfg))
+                                       cfg.discriminator, cfg.d_norm, vgg_width)
     if cfg.lambda_4:
         segmenter = Segmenters(2 if sketch else n, 3 if cfg.pg else 1, min(cfg.width, 32),
                                min(256, max(cfg.size)))
-    for net in (generator, discriminator, segmenter):
-        if net is not None:
-            initialise(net, cfg.gain)
+    for net in filter(None, (generator, discriminator, segmenter)):
+        initialise(net, cfg.gain)
     if cfg.short and not cfg.released:
         speak_up(generator, segmenter)
     return generator, discriminator, segmenter
-
-
-def vgg_width(cfg: Config) -> int:
-    """64 is ImageNet's; a random one is as thin as the networks that it judges."""
-    return {"random": cfg.width, "imagenet": 64}.get(cfg.vgg) or len(
-        common.read_vgg(16, cfg.vgg)[1][0])
 
 
 def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.device) -> nn.Module:
@@ -1242,7 +1221,7 @@ def frozen_vgg(layers: tuple[str, ...], depth: int, cfg: Config, device: torch.d
     releases feed is [-1, 1] as it is, but for V2's VGG-16.
     """
     raw = cfg.released and (depth == 19 or cfg.version == "V1")
-    vgg = common.VGGFeatures(layers, depth, cfg.vgg, not raw, width=vgg_width(cfg))
+    vgg = common.VGGFeatures(layers, depth, cfg.vgg, not raw, width=cfg.width)
     return prepare(vgg, cfg, device)
 
 
@@ -1293,7 +1272,7 @@ def boundary_map(instance: Tensor) -> Tensor:
 
 
 def make_pair(batch: dict, cfg: Config) -> dict:
-    """A batch of common.Dataset with "input" M (B, N, H, W) added, and with T > 1 its "mask" M_en.
+    """A batch of common.Dataset with "input" M (B, N, H, W) added, and of labels "mask" M_en.
 
     Labels are one-hot, in V2 with the edges of instances, which the paper does not mention and the
     release feeds. A sketch has one channel, ink -1, and its "label" (for S) says where the ink is.
@@ -1305,10 +1284,8 @@ def make_pair(batch: dict, cfg: Config) -> dict:
     m = F.one_hot(batch["label"], class_table(cfg.classes).channels).movedim(-1, 1).float()
     if cfg.edges:
         m = torch.cat([m, boundary_map(batch["instance"])], 1)
-    batch = batch | {"input": m.contiguous()}
-    if cfg.T != 1:
-        batch["mask"] = foreground_mask(batch["label"], cfg.classes, cfg.T, cfg.version)
-    return batch
+    mask = foreground_mask(batch["label"], cfg.classes, cfg.T, cfg.version)
+    return batch | {"input": m.contiguous(), "mask": mask}
 
 
 def pyramid(x: Tensor, n: int, cfg: Config) -> list[Tensor]:
@@ -1552,13 +1529,6 @@ def output_of(generator: nn.Module, pair: dict, cfg: Config, k: int = 0) -> Tens
     return common.as_trained(x, cfg.understood)
 
 
-def picture_of(pair: dict, cfg: Config) -> Tensor:
-    """The input as a picture (B, 3, H, W): the labels' colours, or the sketch."""
-    if cfg.task == "sketch":
-        return pair["input"].expand(-1, 3, -1, -1)
-    return colour_label(pair["label"], class_table(cfg.classes))
-
-
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
     """Input | output | truth of six test examples, evenly spread, two a row. Returns the outputs
     (6, 3, H, W)."""
@@ -1566,7 +1536,9 @@ def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path)
     for i in range(n):
         pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
         outputs.append(output_of(generator, pair, cfg).cpu())
-        tiles += [picture_of(pair, cfg).cpu(), outputs[-1]]
+        shown = pair["input"].expand(-1, 3, -1, -1) if cfg.task == "sketch" else (
+            colour_label(pair["label"], class_table(cfg.classes)))
+        tiles += [shown.cpu(), outputs[-1]]
         if "image" in pair:
             tiles.append(pair["image"].cpu())
     save_images(torch.cat(tiles), path, nrow=2 * len(tiles) // n)
@@ -1600,13 +1572,13 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 # ------------------------------------------------------------------------------ 6 Evaluation
 
 # The paper's numbers: PPA, PCA, class IoU, FID.
-TABLE_1_2 = {"A_u": (.48, .09, .08, 133.2), "B_u": (.33, .11, .08, 117.7),
-             "C_u": (.48, .15, .12, 83.5), "D_u": (.54, .18, .14, 83.4),
-             "E_u": (.64, .22, .18, 76.0), "F_u": (.69, .23, .18, 67.9),
-             "G_u": (.77, .22, .18, 65.0), "H_u": (.76, .25, .20, 67.4),
-             "A_s": (.930, .681, .592, 57.4), "B_s": (.934, .711, .621, 49.2),
-             "C_s": (.935, .727, .636, 48.0), "D_s": (.934, .731, .639, 46.0),
-             "E_s": (.936, .738, .646, 45.5)}
+TABLE_1_2 = {"V1": {"A_u": (.48, .09, .08, 133.2), "B_u": (.33, .11, .08, 117.7),
+                    "C_u": (.48, .15, .12, 83.5), "D_u": (.54, .18, .14, 83.4),
+                    "E_u": (.64, .22, .18, 76.0), "F_u": (.69, .23, .18, 67.9),
+                    "G_u": (.77, .22, .18, 65.0), "H_u": (.76, .25, .20, 67.4)},
+             "V2": {"A_s": (.930, .681, .592, 57.4), "B_s": (.934, .711, .621, 49.2),
+                    "C_s": (.935, .727, .636, 48.0), "D_s": (.934, .731, .639, 46.0),
+                    "E_s": (.936, .738, .646, 45.5)}}
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -1656,21 +1628,21 @@ def evaluate(cfg: Config, state: State) -> dict:
     test_set = dataset(cfg, "test").require("label" if labels else None)
     known = "image" in test_set[0]
     photos = test_set if known else dataset(cfg, "train", only=lists(cfg)[1])
-    vgg = common.VGGFeatures(("relu5_3",), 16, cfg.vgg, width=vgg_width(cfg)).to(device)
+    vgg = common.VGGFeatures(("relu5_3",), 16, cfg.vgg, width=cfg.width).to(device)
     features, confusion, pairwise = {"output": [], "truth": []}, {}, []
     if labels:                                  # the scorer is trained once, and kept by the runs
         table, pairs = test_set.require_scored().table, dataset(cfg, "train", limit=0, jitter=False)
         scorer = common.fcn_scorer(pairs, Path(cfg.out).parent, device, cfg.vgg)
         confusion = {"output": 0, "truth": 0} if known else {"output": 0}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
-        pair, photo = test_pair(test_set[i], state, cfg), photos[i % len(photos)]["image"]
-        views = {"output": output_of(generator, pair, cfg), "truth": photo[None].to(device)}
-        pairwise.append([psnr(*views.values()).item(), ssim(*views.values()).item()])
-        for row, view in views.items():
+        pair = test_pair(test_set[i], state, cfg)
+        x, y = output_of(generator, pair, cfg), photos[i % len(photos)]["image"][None].to(device)
+        pairwise.append([psnr(x, y).item(), ssim(x, y).item()])
+        for row, view in (("output", x), ("truth", y)):
             features[row].append(vgg(view)["relu5_3"].mean((2, 3)).cpu())
-        for row in confusion:
-            found = scorer(views[row]).argmax(1)
-            confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
+            if row in confusion:
+                found = scorer(view).argmax(1)
+                confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
     metrics = {"images": len(test_set),
                "VGG distance": frechet_distance(*map(torch.cat, features.values()))}
     if known:
@@ -1687,8 +1659,7 @@ def report(metrics: dict, cfg: Config) -> None:
     rows = {name: value.values() for name, value in metrics.items() if isinstance(value, dict)}
     print(f"\nLab2Pix-{cfg.version} {cfg.ablation}: " + ", ".join(
         f"{name} {value:.5g}" for name, value in metrics.items() if name not in rows))
-    table = "u" if cfg.version == "V1" else "s"
-    rows |= {f"paper, {row}": values for row, values in TABLE_1_2.items() if row[2] == table}
+    rows |= {f"paper, {row}": values for row, values in TABLE_1_2[cfg.version[:2]].items()}
     print(f"{'FCN-score, by our own scorer':47}{'PPA':>8}{'PCA':>9}{'C-IoU':>9}{'FID':>9}")
     for name, values in rows.items():
         print(f"  {name:44}" + "".join(f"{value:9.3f}" for value in values))
@@ -1995,18 +1966,16 @@ def rename_released(stored: dict, path: Path) -> dict:
     if not {"noise_process.weight", "conv_img.weight"} & stored.keys():
         raise UserError(f"{path}: no checkpoint of {NAME}.py and no released generator; its first "
                         f"key is {next(iter(stored), 'missing')}")
-    blocks = [key.split(".")[0] for key in stored             # in the order in which they run
-              if key.endswith((".norm_0.mlp_gamma.bias", ".SPADE_1.mul_conv.bias"))]
+    # Blocks stand there in the order in which they run, heads of the global encoder in reverse.
+    blocks = dict.fromkeys(key.split(".")[0] for key in stored if re.search("norm_0|SPADE_1", key))
     sizes = len({key.split(".")[2] for key in stored if key.startswith("fpencoder.model_up")})
+    here = [(rf"^{block}\.", f"blocks.{k}.") for k, block in enumerate(blocks)]
+    here.append((r"^fpencoder\.model_up\.(\d+)\.\d+",
+                 lambda k: f"globe.enlarged.{sizes - 1 - int(k[1])}"))
     found, ade20k = {}, any(v.ndim == 4 and v.shape[1] == 151 for v in stored.values())
     for key, value in stored.items():
-        words = key.split(".")
-        if words[0] in blocks:
-            words[:1] = ["blocks", str(blocks.index(words[0]))]
-        elif words[1] == "model_up":                                # theirs: largest factor first
-            words[:4] = ["globe.enlarged", str(sizes - 1 - int(words[2]))]
-        name = ".".join(words)
-        for pattern, ours in RENAMED:
+        name = key
+        for pattern, ours in (*here, *RENAMED):
             name = re.sub(pattern, ours, name)
         if ade20k and (value.shape[1:2] == (151,) or value.numel() == 151 * 9):     # and v of norms
             value = value.view(-1, 151, 9).roll(-1, 1).view_as(value)
@@ -2029,8 +1998,8 @@ RELEASED_DATA = {35: ("cityscapes", False), 36: ("cityscapes", True), 151: ("ade
 def released_config(stored: dict, given: dict) -> dict:
     """The settings that the authors' generator has, read off the shapes of its weights.
 
-    The number of channels of M tells the data set, and that the size it was trained at. --classes
-    and --ups say otherwise.
+    The number of channels of M tells the data set, and that the size it was trained at: V1's first
+    feature is 2 x 4 in all their files, from sketches 8 x 8. --classes and --ups say otherwise.
     """
     weights = stored["generator"]
     hidden, n = weights["blocks.0.norm_0.shared.weight"].shape[:2]
@@ -2044,16 +2013,13 @@ def released_config(stored: dict, given: dict) -> dict:
         return config | dict(ups=sizes - 1 if sizes else spade, first="label")
     config |= VERSIONS["V1"] | dict(ups=blocks, dgnorm=False)
     if n == 1:
-        return config | SKETCH | dict(task="sketch", classes="")
-    area = len(weights["start.weight"]) // (8 * hidden)
-    side = max(k for k in range(1, area) if area % k == 0 and k * k <= area)
-    return config | dict(z_size=(side << blocks, area // side << blocks))
+        return config | SKETCH | dict(task="sketch", classes="", z_size=SKETCH["size"])
+    return config | dict(z_size=(256, 512))
 
 
 def for_testing(cfg: Config) -> Config:
     """The config with which a network is built to be tested: G alone."""
-    return replace(cfg, compile=False, discriminator="none", lambda_3=0.0, lambda_4=0.0,
-                   lambda_5=0.0)
+    return replace(cfg, compile=False, discriminator=None, lambda_3=0.0, lambda_4=0.0, lambda_5=0.0)
 
 
 def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:

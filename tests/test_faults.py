@@ -455,16 +455,11 @@ crn("needs noise, which a CRN has not", ("train with (--model imle)",
 crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([image("x/a.png",
     ids()), image("x/b.png", ids(64, 64))], f"transfer {RUN} --input x --output o"))
 lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
-lab("--ups {}: must be", (r"(--ups) \d+: must be (\d)", "{line} {0} {1}"), f"{C} --ups 3")
 lab("--task sketch: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
     (photos(64, "trainA", "trainB", "testA"), "check --data x --out o --task sketch"))
 lab("they need --pg", ("need (--pg)",), f"{C} --version V1 --no-pg")
 lab("--preset or --ablation is {}'s", (r"is (V\d)'s", "{line} --version {0}"),
     f"{C} --version V2 --preset V1-cityscapes")
-lab("G's first feature is one pixel", (r"larger (--size) or (--batch-size)", "{line} {1} 2"),
-    f"{T} --ups 6 --batch-size 1")
-lab("training needs one; use hpd", (r"use (\w+)", "{line} --discriminator {0}"),
-    f"{T} --discriminator none")
 lab("this network has no noise, so one", ("so (one) image", "{line} --samples 1"),
     ([f"{T} --first label --out o"], "sample --out o --samples 2 --limit 1"))
 
