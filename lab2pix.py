@@ -390,12 +390,14 @@ def configure(preset: str = "", given: dict | None = None, **more) -> Config:
 def check_size(cfg: Config) -> None:
     """The size at training time suits G, which doubles, and D, which halves; at test time any does.
 
-    The deepest verdict of each D_i is at 1/32 of X_3. Two pixels a side are the least everywhere: a
-    single one, normalised, would be 0.
+    The deepest verdict of each D_i is at 1/32 of X_3. A single pixel, normalised, would be 0.
     """
-    multiple = max(2 ** cfg.ups, 32)
-    check_sides("--size", cfg.size, multiple, 2 * multiple,
-                f"G has --ups {cfg.ups} doublings, each discriminator up to five halvings")
+    least, h, w = max(2 ** cfg.ups, 32), *cfg.size
+    check_sides("--size", cfg.size, least, max(least, 64),
+                f"G has {cfg.ups} doublings, each discriminator up to five halvings")
+    if h * w * cfg.batch_size == 4 ** cfg.ups:
+        raise UserError(f"--size {h} {w}: G's first feature is one pixel, which a norm makes 0; a "
+                        "larger --size or --batch-size would do")
 
 
 # -------------------------------------------------------------------------------- 2 Networks

@@ -460,6 +460,8 @@ lab("--task sketch: for --version V1", ("for (--version V1), with (--T 1)", "{li
 lab("they need --pg", ("need (--pg)",), f"{C} --version V1 --no-pg")
 lab("--preset or --ablation is {}'s", (r"is (V\d)'s", "{line} --version {0}"),
     f"{C} --version V2 --preset V1-cityscapes")
+lab("G's first feature is one pixel", (r"larger (--size) or (--batch-size)", "{line} {1} 2"),
+    f"{T} --ups 6 --batch-size 1")
 lab("this network has no noise, so one", ("so (one) image", "{line} --samples 1"),
     ([f"{T} --first label --out o"], "sample --out o --samples 2 --limit 1"))
 
