@@ -386,7 +386,8 @@ MAPS = ("1", "L", "P", "RGB", "I;16")                    # what a label or insta
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """How a dataset lies on disk: a glob per role, {} for the split. The first role decides."""
+    """How a dataset lies on disk: a glob per role, {} for the split, "**" for any folders below.
+    The first role decides."""
     name: str
     roles: dict[str, str]
     train: tuple[str, ...] = ("train",)
@@ -399,20 +400,20 @@ LAYOUTS = [
                                 "instance": "gtFine/{}/*/*_gtFine_instanceIds.png",
                                 "image": "leftImg8bit/{}/*/*_leftImg8bit.*"},
                  test=("val",), classes="cityscapes"),   # the labels of its test split are withheld
-    FolderLayout("pix2pixHD", {"label": "{}_label/*", "instance": "{}_inst/*",
-                               "image": "{}_img/*"}),    # also Cityscapes and COCO-Stuff, so named
-    FolderLayout("pix2pixHD pairs", {"A": "{}_A/*", "B": "{}_B/*"}),
-    FolderLayout("ADE20K", {"label": "annotations/{}/*", "image": "images/{}/*"},
+    FolderLayout("pix2pixHD", {"label": "{}_label/**/*", "instance": "{}_inst/**/*",
+                               "image": "{}_img/**/*"}),   # also Cityscapes, COCO-Stuff so named
+    FolderLayout("pix2pixHD pairs", {"A": "{}_A/**/*", "B": "{}_B/**/*"}),
+    FolderLayout("ADE20K", {"label": "annotations/{}/**/*", "image": "images/{}/**/*"},
                  train=("training",), test=("validation",), classes="ade20k"),
-    FolderLayout("CamVid", {"label": "{}annot/*", "image": "{}/*"}, classes="camvid"),
+    FolderLayout("CamVid", {"label": "{}annot/**/*", "image": "{}/**/*"}, classes="camvid"),
     FolderLayout("images and labels", {"label": "labels/*", "image": "images/*"},
                  classes="cityscapes"),            # GTA-5 lies so, and many a set of one's own
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
-    FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
-    FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
+    FolderLayout("unpaired", {"A": "{}A/**/*", "B": "{}B/**/*"}),
+    FolderLayout("A and B folders", {"A": "A/{}/**/*", "B": "B/{}/**/*"}),
     FolderLayout("A and B folders", {"A": "A/*", "B": "B/*"}),
-    FolderLayout("pix2pix pairs", {"pair": "{}/*"}),
-    FolderLayout("photos", {"image": "{}/*"}),             # only where the task makes its own input
+    FolderLayout("pix2pix pairs", {"pair": "{}/**/*"}),
+    FolderLayout("photos", {"image": "{}/**/*"}),          # only where the task makes its own input
     FolderLayout("photos", {"image": "*"}),
 ]
 
@@ -425,19 +426,16 @@ def key_of(path: Path, role: str) -> str:
     return re.sub(ends, "", path.stem) or path.stem
 
 
-def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
-    """Files by key. Folders below a split's own are searched, too, and are a part of the key."""
-    stem, _, ending = pattern.replace("{}", split).partition(".")
-    folder, _, last = stem.rpartition("/")
-    if (root / folder).is_dir() and not os.access(root / folder, os.R_OK | os.X_OK):
-        raise UserError(f"{root / folder}: may not be read; check its permissions")
-    nested, found = "{}" in pattern and "*" not in folder, {}
-    endings = {f".{ending}"} if ending.isalpha() else SUFFIXES
+def find(root: Path, pattern: str, role: str) -> dict[str, Path]:
+    """Files by key. Folders that "**" stands for are a part of it."""
+    folder, (stem, _, ending), found = root / pattern.partition("*")[0], pattern.partition("."), {}
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: may not be read; check its permissions")
     # Cityscapes' maps lie side by side in several forms, of which one is meant: it comes first.
     meant = "_instanceIds" if role == "instance" else "_labelIds"
-    paths = root.glob(f"{folder}/**/{last}.*" if nested else f"{stem}.*")
+    paths, endings = root.glob(f"{stem}.*"), {f".{ending}"} if ending.isalpha() else SUFFIXES
     for path in sorted(paths, key=lambda path: (not path.stem.endswith(meant), path)):
-        inner = path.relative_to(root / folder) if nested else Path(path.name)
+        inner = path.relative_to(folder) if "**" in pattern else Path(path.name)
         hidden = any(part.startswith(".") for part in inner.parts)       # macOS leaves "._name.png"
         if hidden or path.suffix.lower() not in endings or not path.is_file():
             continue
@@ -456,12 +454,13 @@ def detect(root: Path, photos_only: bool) -> FolderLayout:
     left_out = ["pair"] if photos_only else ["image"]        # both would take a folder of photos
     for layout in [layout for layout in LAYOUTS if list(layout.roles) != left_out]:
         role, first = next(iter(layout.roles.items()))
-        if any(find(root, first, split, role) for split in (*layout.train, *layout.test)):
+        if any(find(root, first.replace("{}", split), role)
+               for split in (*layout.train, *layout.test)):
             return layout
     arrays = [path for path in root.rglob("*.*") if path.suffix.lower() in ARRAYS]
     if arrays:
         raise UserError(f"{arrays[0]}: {arrays[0].suffix} is not read; save as PNG")
-    if find(root, "*", "", "image"):
+    if find(root, "*", "image"):
         raise UserError(f"--data {root}: photos only, for pix2pix.py --task colorization or "
                         "inpainting; pairs side by side belong into its train/")
     looked = dict.fromkeys(next(iter(layout.roles.values())).replace("{}", "train")
@@ -480,7 +479,7 @@ def pair_up(root: Path, layout: FolderLayout, split: str,
         raise UserError(f"--data {root}: layout {layout.name} has no {only} files")
     first, has_splits = next(iter(globs)), "{}" in next(iter(globs.values()))
     for option in layout.train if split == "train" else layout.test:
-        roles = {role: find(root, glob, option, role) for role, glob in globs.items()}
+        roles = {role: find(root, glob.replace("{}", option), role) for role, glob in globs.items()}
         if roles[first]:
             break
     keys = sorted(roles[first])
@@ -711,7 +710,7 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     if not instances or there.is_file() and root.is_dir():
         raise UserError(f"--input {source}: this network needs instance maps, too; name the map, "
                         "or for a folder the folder of maps, with --instances")
-    maps = find(there, "*", "", "instance") if there.is_dir() else {}
+    maps = find(there, "*", "instance") if there.is_dir() else {}
     files = [{role: path, "instance": maps.get(key_of(path, role), there)} for path in paths]
     for each in files:
         if each["instance"].is_dir():
@@ -1003,11 +1002,10 @@ class Dataset(torch.utils.data.Dataset):
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
         item = {}
         if self.layout.name == "streets":
-            label, instance, image = map(torch.from_numpy, drawn_street(
-                self.files[i], self.load_size or (256, 512)))
-            parts = {"label": label.long(), "instance": instance.long(),
-                     "image": image.permute(2, 0, 1).clone()}
-            return {"name": self.names[i]} | {role: parts[role] for role in self.layout.roles}
+            drawn = drawn_street(self.files[i], self.load_size or (256, 512))
+            return {"name": self.names[i]} | {
+                role: drawn[role].long() if role in IDS else drawn[role].clone()
+                for role in self.layout.roles}
         for role, path in self.files[i].items():
             if role == "label":
                 item[role] = read_label(path, self.table)
@@ -1025,10 +1023,12 @@ class Dataset(torch.utils.data.Dataset):
 
 
 @functools.lru_cache(1000)
-def drawn_street(index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, instance and image of a street, drawn once at the size needed, and kept small."""
+def drawn_street(index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    """A street as an item, drawn once at the size needed, and kept small."""
     drawn = street(0, index, size)
-    return drawn["label"].astype(np.uint8), drawn["instance"].astype(np.int32), drawn["image"]
+    return {"label": torch.from_numpy(drawn["label"].astype(np.uint8)),
+            "instance": torch.from_numpy(drawn["instance"].astype(np.int32)),
+            "image": torch.from_numpy(drawn["image"]).permute(2, 0, 1)}
 
 
 def spread(paths: list[Path], n: int) -> list[Path]:
