@@ -1888,26 +1888,6 @@ def rasterise(scene: Scene, size: tuple[int, int], fine: int, painted: list):
     return np.array(canvas), cast, contact, halo / 255
 
 
-def ground(scene: Scene, x, z, pixel) -> tuple[np.ndarray, np.ndarray]:
-    """Material and brightness of the ground at (x, z) metres; `pixel` its width in metres."""
-    side, rough = np.abs(x), np.minimum(1, 6 / z)
-    edges = np.array([ROAD, KERB, 5.75 if scene.verge else KERB, WALL], np.float32)
-    kinds = np.array([M[k] for k in ("asphalt", "kerb", "grass", "slab", "grass")])
-    material = kinds[np.searchsorted(edges, side)]
-    road, grass = material == M["asphalt"], material == M["grass"]
-    thin = np.maximum(.07, .45 * pixel)  # at least a sample wide: far marks do not break up
-    mark = (side < thin) & (fraction(z / 5) < .52) | (np.abs(side - 2.65) < thin * .7)
-    if scene.zebra:
-        mark &= np.abs(z - scene.zebra - 1) > 2.5
-        mark |= (np.abs(z - scene.zebra - 1) < 1.4) & (fraction(x / 1.1) < .55)
-    material[mark & road] = M["mark"]
-    fine, coarse = grit(x * 150 + 4000, z * 100, .3), noise(x * 7 + 40, z * 2.2, 1.3)
-    tone = 1 + np.where(grass, .11, .055).astype(np.float32) * (rough * fine + coarse)
-    joint = (fraction(side / .9) < .055) | (fraction(z / 1.2) < .05)
-    tone[joint & (material == M["slab"]) & (pixel < .12)] -= .16
-    return material, tone
-
-
 def facades(s, y, near, bay, height, pixel) -> tuple[np.ndarray, np.ndarray]:
     """Material and brightness of facades at s metres along the street and y up."""
     base, away = 3.3, np.clip(.16 / pixel, 0, 1)  # texture finer than a sample fades
@@ -2009,27 +1989,43 @@ class Layout:
         """Road and footpath, with the shadow that the houses on the sun's side throw."""
         scene, g = self.scene, self.ground
         x, z = self.x[g], self.z[g]
-        self.material[g], self.tone[g] = ground(scene, x, z, z / self.h)
+        side, rough, pixel = np.abs(x), np.minimum(1, 6 / z), z / self.h
+        edges = np.array([ROAD, KERB, 5.75 if scene.verge else KERB, WALL], np.float32)
+        kinds = np.array([M[k] for k in ("asphalt", "kerb", "grass", "slab", "grass")])
+        material = kinds[np.searchsorted(edges, side)]
+        road, grass = material == M["asphalt"], material == M["grass"]
+        thin = np.maximum(.07, .45 * pixel)  # at least a sample wide: far marks do not break up
+        mark = (side < thin) & (fraction(z / 5) < .52) | (np.abs(side - 2.65) < thin * .7)
+        if scene.zebra:
+            mark &= np.abs(z - scene.zebra - 1) > 2.5
+            mark |= (np.abs(z - scene.zebra - 1) < 1.4) & (fraction(x / 1.1) < .55)
+        material[mark & road] = M["mark"]
+        fine, coarse = grit(x * 150 + 4000, z * 100, .3), noise(x * 7 + 40, z * 2.2, 1.3)
+        tone = 1 + np.where(grass, .11, .055).astype(np.float32) * (rough * fine + coarse)
+        joint = (fraction(side / .9) < .055) | (fraction(z / 1.2) < .05)
+        tone[joint & (material == M["slab"]) & (pixel < .12)] -= .16
+        self.material[g], self.tone[g] = material, tone
+
         row = sorted((b for b in scene.buildings if b.side == scene.sun), key=lambda b: b.near)
         edges, roofs = np.array([(b.near, b.height) for b in row], np.float32).T
         which = np.searchsorted(edges, z - 1.2 - .25 * (WALL - scene.sun * x)) - 1
         reach = WALL - .42 * (roofs[np.maximum(which, 0)] + 1)
         self.sun[g] = np.clip((reach - scene.sun * x) * 8 + .5, 0, 1) * (1 - cast[g])
-        open_sky = np.clip(1.27 - .05 * np.abs(x), .8, 1)  # the houses hide much of it from near
+        open_sky = np.clip(1.27 - .05 * side, .8, 1)  # the houses hide much of it from near
         self.sky[g] = (1 - .72 * contact[g]) * open_sky
 
     def lay_facades(self) -> None:
-        """The houses of both sides, and the skyline."""
-        table, f = self.table, self.walls
-        o, y, z = self.object[f], self.y[f], self.z[f]
-        plain = self.material[f] != M["facade"]
-        kind, tone = facades(z, y, table.near[o], table.bay[o], table.height[o],
-                             z * z / (self.h * 6))
-        self.material[f] = np.where(plain, self.material[f], kind)
-        tone[plain] = 1 + .10 * grit(z[plain] * 30, y[plain] * 60 + 4000, .4)
-        self.tone[f], shaded = tone, table.side[o] == self.scene.sun
-        self.sun[f] = M_SUN[self.material[f], 0] * ~shaded
-        self.sky[f] = M_SKY[self.material[f], 0] * (.82 + .18 * np.clip(y / 6, 0, 1))
+        """The houses of both sides, garden walls, roofs, and the skyline."""
+        f = self.walls
+        o, y, z, kind = self.object[f], self.y[f], self.z[f], self.material[f]
+        facade = np.flatnonzero(kind == M["facade"])
+        tone = 1 + .10 * grit(z * 30, y * 60 + 4000, .4)            # of walls and roofs
+        near, bay, height = (column[o[facade]] for column in self.table[2:5])
+        kind[facade], tone[facade] = facades(
+            z[facade], y[facade], near, bay, height, z[facade] ** 2 / (self.h * 6))
+        shaded = self.table.side[o] == self.scene.sun
+        self.material[f], self.tone[f], self.sun[f] = kind, tone, M_SUN[kind, 0] * ~shaded
+        self.sky[f] = M_SKY[kind, 0] * (.82 + .18 * np.clip(y / 6, 0, 1))
         self.sky[f] *= np.where(shaded, .92, 1)
         f = self.where("far")
         x, y = self.u[f] * END, self.y[f]
