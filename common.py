@@ -612,15 +612,11 @@ def read_map(path: Path, role: str) -> tuple[np.ndarray, MapContent]:
         counts = np.bincount(values.ravel())
         used = colours = np.flatnonzero(counts)
         if kind == "P":                         # -1, which is no colour, for indices beyond it
-            colours = np.append(palette_colours(image.getpalette()), np.full(256, -1))[used]
+            colours = np.reshape(image.getpalette(), (-1, 3)) @ CODE
+            colours = np.append(colours, np.full(256, -1))[used]
         elif kind != "RGB":
             colours = None
         return values, MapContent(path, kind, used, counts[used], colours)
-
-
-def palette_colours(stored: Sequence[int]) -> np.ndarray:
-    """A file's palette, r, g, b, r, g, b, ..., a number per colour."""
-    return np.reshape(stored, (-1, 3)) @ CODE
 
 
 def read_instance(path: Path) -> Tensor:
@@ -857,23 +853,21 @@ class Dataset(torch.utils.data.Dataset):
     def read_headers(self) -> None:
         """What all files say before their pixels: sizes, kinds, palettes. Then what a sample holds.
         """
-        heads, faults = {role: {} for role in self.roles}, []
+        heads, faults = [], []
         for files in tqdm(self.files, "headers", disable=None, delay=2):
             with collected(faults):
-                here = {role: read_header(path, role) for role, path in files.items()}
-                if len({size for size, *_ in here.values()}) > 1:
+                heads.append({role: read_header(path, role) for role, path in files.items()})
+                if len({size for size, *_ in heads[-1].values()}) > 1:
                     raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
-                                    + ", ".join(f"{key} {here[key][0]}" for key in here))
-                for role, head in here.items():
-                    heads[role][files[role]] = head
-        refuse_all(faults)
-        sizes = [size for size, *_ in next(iter(heads.values())).values()]
+                                    + ", ".join(f"{k} {v[0]}" for k, v in heads[-1].items()))
+        refuse_all(faults)                      # from here on, there is a head for each
+        sizes, both = [next(iter(head.values()))[0] for head in heads], [*zip(self.files, heads)]
         self.sizes = Counter(sizes)
         self.understood.setdefault("file_size", [sorted(s)[len(s) // 2] for s in zip(*sizes)])
         for role in sorted(self.roles - {*IDS}):
-            self.understand_photos(role, {path: kind for path, (_, kind, _) in heads[role].items()})
+            self.understand_photos(role, {files[role]: head[role][1] for files, head in both})
         if "label" in self.roles:
-            self.understand_labels({stored: path for path, (*_, stored) in heads["label"].items()})
+            self.understand_labels({head["label"][2]: files["label"] for files, head in both})
 
     def understand_photos(self, role: str, kinds: dict[Path, str]) -> None:
         """Two halves or one photo, grey or not, and the range of values of more than 8 bit."""
@@ -924,7 +918,7 @@ class Dataset(torch.utils.data.Dataset):
         if np.flatnonzero(self.pixels_of).tolist() == [0, n] and n > 1:
             notice("only class 0 and unknown in the label maps; divide masks of 0 and 255 by 255")
         for stored, path in palettes.items():
-            palette = palette_colours(list(stored)).tolist()
+            palette = (np.reshape([*stored], (-1, 3)) @ CODE).tolist()
             if any(palette[i] != colour for i, colour in colours.items() if i < len(palette)):
                 raise UserError(f"{path}: an index of its palette has another colour, so another "
                                 "class, than in other files; save class ids as 8-bit grey PNG")
