@@ -34,12 +34,12 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -387,7 +387,8 @@ MAPS = ("1", "L", "P", "RGB", "I;16")                    # what a label or insta
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """How a dataset lies on disk: a glob per role, {} for the split. The first role decides."""
+    """How a dataset lies on disk: a glob per role, {} for the split, "**" for any folders below.
+    The first role decides."""
     name: str
     roles: dict[str, str]
     train: tuple[str, ...] = ("train",)
@@ -400,20 +401,20 @@ LAYOUTS = [
                                 "instance": "gtFine/{}/*/*_gtFine_instanceIds.png",
                                 "image": "leftImg8bit/{}/*/*_leftImg8bit.*"},
                  test=("val",), classes="cityscapes"),   # the labels of its test split are withheld
-    FolderLayout("pix2pixHD", {"label": "{}_label/*", "instance": "{}_inst/*",
-                               "image": "{}_img/*"}),    # also Cityscapes and COCO-Stuff, so named
-    FolderLayout("pix2pixHD pairs", {"A": "{}_A/*", "B": "{}_B/*"}),
-    FolderLayout("ADE20K", {"label": "annotations/{}/*", "image": "images/{}/*"},
+    FolderLayout("pix2pixHD", {"label": "{}_label/**/*", "instance": "{}_inst/**/*",
+                               "image": "{}_img/**/*"}),   # also Cityscapes, COCO-Stuff so named
+    FolderLayout("pix2pixHD pairs", {"A": "{}_A/**/*", "B": "{}_B/**/*"}),
+    FolderLayout("ADE20K", {"label": "annotations/{}/**/*", "image": "images/{}/**/*"},
                  train=("training",), test=("validation",), classes="ade20k"),
-    FolderLayout("CamVid", {"label": "{}annot/*", "image": "{}/*"}, classes="camvid"),
+    FolderLayout("CamVid", {"label": "{}annot/**/*", "image": "{}/**/*"}, classes="camvid"),
     FolderLayout("images and labels", {"label": "labels/*", "image": "images/*"},
                  classes="cityscapes"),            # GTA-5 lies so, and many a set of one's own
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
-    FolderLayout("unpaired", {"A": "{}A/*", "B": "{}B/*"}),
-    FolderLayout("A and B folders", {"A": "A/{}/*", "B": "B/{}/*"}),
+    FolderLayout("unpaired", {"A": "{}A/**/*", "B": "{}B/**/*"}),
+    FolderLayout("A and B folders", {"A": "A/{}/**/*", "B": "B/{}/**/*"}),
     FolderLayout("A and B folders", {"A": "A/*", "B": "B/*"}),
-    FolderLayout("pix2pix pairs", {"pair": "{}/*"}),
-    FolderLayout("photos", {"image": "{}/*"}),             # only where the task makes its own input
+    FolderLayout("pix2pix pairs", {"pair": "{}/**/*"}),
+    FolderLayout("photos", {"image": "{}/**/*"}),          # only where the task makes its own input
     FolderLayout("photos", {"image": "*"}),
 ]
 
@@ -426,19 +427,16 @@ def key_of(path: Path, role: str) -> str:
     return re.sub(ends, "", path.stem) or path.stem
 
 
-def find(root: Path, pattern: str, split: str, role: str) -> dict[str, Path]:
-    """Files by key. Folders below a split's own are searched, too, and are a part of the key."""
-    stem, _, ending = pattern.replace("{}", split).partition(".")
-    folder, _, last = stem.rpartition("/")
-    if (root / folder).is_dir() and not os.access(root / folder, os.R_OK | os.X_OK):
-        raise UserError(f"{root / folder}: may not be read; check its permissions")
-    nested, found = "{}" in pattern and "*" not in folder, {}
-    endings = {f".{ending}"} if ending.isalpha() else SUFFIXES
+def find(root: Path, pattern: str, role: str) -> dict[str, Path]:
+    """Files by key. Folders that "**" stands for are a part of it."""
+    folder, (stem, _, ending), found = root / pattern.partition("*")[0], pattern.partition("."), {}
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: may not be read; check its permissions")
     # Cityscapes' maps lie side by side in several forms, of which one is meant: it comes first.
     meant = "_instanceIds" if role == "instance" else "_labelIds"
-    paths = root.glob(f"{folder}/**/{last}.*" if nested else f"{stem}.*")
+    paths, endings = root.glob(f"{stem}.*"), {f".{ending}"} if ending.isalpha() else SUFFIXES
     for path in sorted(paths, key=lambda path: (not path.stem.endswith(meant), path)):
-        inner = path.relative_to(root / folder) if nested else Path(path.name)
+        inner = path.relative_to(folder) if "**" in pattern else Path(path.name)
         hidden = any(part.startswith(".") for part in inner.parts)       # macOS leaves "._name.png"
         if hidden or path.suffix.lower() not in endings or not path.is_file():
             continue
@@ -457,12 +455,13 @@ def detect(root: Path, photos_only: bool) -> FolderLayout:
     left_out = ["pair"] if photos_only else ["image"]        # both would take a folder of photos
     for layout in [layout for layout in LAYOUTS if list(layout.roles) != left_out]:
         role, first = next(iter(layout.roles.items()))
-        if any(find(root, first, split, role) for split in (*layout.train, *layout.test)):
+        if any(find(root, first.replace("{}", split), role)
+               for split in (*layout.train, *layout.test)):
             return layout
     arrays = [path for path in root.rglob("*.*") if path.suffix.lower() in ARRAYS]
     if arrays:
         raise UserError(f"{arrays[0]}: {arrays[0].suffix} is not read; save as PNG")
-    if find(root, "*", "", "image"):
+    if find(root, "*", "image"):
         raise UserError(f"--data {root}: photos only, for pix2pix.py --task colorization or "
                         "inpainting; pairs side by side belong into its train/")
     looked = dict.fromkeys(next(iter(layout.roles.values())).replace("{}", "train")
@@ -481,7 +480,7 @@ def pair_up(root: Path, layout: FolderLayout, split: str,
         raise UserError(f"--data {root}: layout {layout.name} has no {only} files")
     first, has_splits = next(iter(globs)), "{}" in next(iter(globs.values()))
     for option in layout.train if split == "train" else layout.test:
-        roles = {role: find(root, glob, option, role) for role, glob in globs.items()}
+        roles = {role: find(root, glob.replace("{}", option), role) for role, glob in globs.items()}
         if roles[first]:
             break
     keys = sorted(roles[first])
@@ -589,70 +588,84 @@ def read_image(path: Path, span: tuple[float, float] | None = None, grey: bool =
     return torch.from_numpy(values).permute(2, 0, 1).expand(3, -1, -1)
 
 
-def read_ids(path: Path, role: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a map stores: int64 ids (H, W), or colours (H, W, 3); and its palette (256, 3)."""
+CODE = np.array((1, 256, 65536))                # a colour as one number, R + 256 G + 65536 B
+
+
+class MapContent(NamedTuple):
+    """What a map of ids holds: its values, how many pixels have each, and their colours."""
+    path: Path
+    kind: str                       # of its pixels, one of MAPS
+    values: np.ndarray              # ids, indices of a palette, or colours
+    counts: np.ndarray
+    colours: np.ndarray | None      # of the values, if they have some
+
+    def count(self, table: ClassTable) -> np.ndarray:
+        """How many pixels have each id (channels), as the table reads them."""
+        ids = to_ids(self, table)
+        return np.bincount(ids, self.counts, table.channels).astype(np.int64)
+
+
+def read_map(path: Path, role: str) -> tuple[np.ndarray, MapContent]:
+    """A map's values (H, W) int64, and what it holds."""
     with opened(path, role) as (image, kind):
-        palette = None
-        if kind == "P":
-            palette = np.full((256, 3), -1)     # which is no colour, for indices beyond it
-            palette.ravel()[:len(image.getpalette())] = image.getpalette()
-        return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64), palette
+        values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+        values = values @ CODE if kind == "RGB" else values
+        counts = np.bincount(values.ravel())
+        used = colours = np.flatnonzero(counts)
+        if kind == "P":                         # -1, which is no colour, for indices beyond it
+            colours = np.reshape(image.getpalette(), (-1, 3)) @ CODE
+            colours = np.append(colours, np.full(256, -1))[used]
+        elif kind != "RGB":
+            colours = None
+        return values, MapContent(path, kind, used, counts[used], colours)
 
 
 def read_instance(path: Path) -> Tensor:
     """An instance map -> (H, W) int64: grey, palette index, or R + 256 G + 65536 B."""
-    raw, _ = read_ids(path, "instance")
-    return torch.from_numpy(raw @ (1, 256, 65536) if raw.ndim == 3 else raw)
+    return torch.from_numpy(read_map(path, "instance")[0])
 
 
 def read_label(path: Path, table: ClassTable) -> Tensor:
     """A label map -> (H, W) int64 ids, each checked against the table on the CPU."""
-    return torch.from_numpy(to_ids(path, *read_ids(path, "label"), table))
+    values, content = read_map(path, "label")
+    id_of = np.zeros(content.values[-1] + 1, np.int64)
+    id_of[content.values] = to_ids(content, table)
+    return torch.from_numpy(id_of[values])
 
 
-def to_ids(path: Path, raw: np.ndarray, palette: np.ndarray | None,
-           table: ClassTable) -> np.ndarray:
-    """Values stored in a label map, or colours (..., 3), as ids of the table.
+def to_ids(content: MapContent, table: ClassTable) -> np.ndarray:
+    """Ids of the table, one for each value of a label map.
 
     Grey files hold the ids themselves. Colours are looked up in the table's palette, also those of
     a palette file, whose order may be any converter's; if they are others, its indices are the ids.
+    A colour outside the palette is an error, not a guess.
     """
-    if raw.ndim == 3:
-        return match_colours(path, raw, table)
-    if palette is not None and table.colours:
-        used = np.unique(raw)
-        same = used < table.channels            # an index that has its own colour keeps it
-        same[same] = (palette[used[same]] == table.palette[used[same]]).all(1)
-        known = same | np.isin(palette[used] @ CODE, table.palette @ CODE)
-        if known.all() or 2 * (known & ~same).sum() > len(used):
-            order = np.where(same, used, match_colours(path, palette[used], table))
-            return order[np.searchsorted(used, raw)]
+    path, kind, values, _, colours = content
+    if kind == "RGB" or kind == "P" and table.colours:
+        palette = (table.palette @ CODE).tolist()
+        ids = np.array([v if palette[v:v + 1] == [c] else       # one of its own colour keeps it
+                        palette.index(c) if c in palette else -1
+                        for v, c in zip(values.tolist(), colours.tolist())])
+        if kind == "RGB" or ids.min() >= 0 or 2 * np.sum((ids >= 0) & (ids != values)) > len(ids):
+            strange = [(c & 255, c >> 8 & 255, c >> 16) for c in colours[ids < 0].tolist()]
+            if strange:
+                raise UserError(f"{path}: {len(strange)} colours are not in the dataset's palette: "
+                                + ", ".join(map(str, strange[:5]))
+                                + "; save class ids as 8-bit grey PNG")
+            return ids
     n = len(table.names)
     # -1 is 255 or 65535 in files; Cityscapes has a class for what is not labelled.
     nothing = n if table.unknown is not None else 0 if table.names[0] == "unlabeled" else -1
-    unknown = (raw == table.unknown) | (raw == 65535) | (raw == 255) & (n + table.first <= 255)
-    ids = np.where(unknown, nothing, raw - table.first)
-    bad = raw[(ids < 0) | (ids >= n) & ~unknown]
+    unknown = (values == table.unknown) | (values == 65535) | (
+        values == 255) & (n + table.first <= 255)
+    ids = np.where(unknown, nothing, values - table.first)
+    bad = values[(ids < 0) | (ids >= n) & ~unknown]
     if bad.size:
         raise UserError(f"{path}: label id {bad[0]}, expected {table.first}..{n - 1 + table.first}"
                         + f" or {table.unknown} for unknown" * (table.unknown is not None)
                         + "; correct the file or, to train anew, pass --classes "
-                        + str(max(bad.max(), n) + 1))
+                        + str(max(bad[-1], n) + 1))
     return ids
-
-
-CODE = np.array((65536, 256, 1))                # a colour as one number
-
-
-def match_colours(path: Path, colours: np.ndarray, table: ClassTable) -> np.ndarray:
-    """(..., 3) colours -> ids. A colour outside the palette is an error, not a guess."""
-    values, inverse = np.unique(colours @ CODE, return_inverse=True)
-    known = (table.palette @ CODE).tolist()
-    strange = [(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist() if v not in known]
-    if strange:
-        raise UserError(f"{path}: {len(strange)} colours are not in the dataset's palette: "
-                        f"{', '.join(map(str, strange[:5]))}; save class ids as 8-bit grey PNG")
-    return np.array([known.index(v) for v in values])[inverse].reshape(colours.shape[:-1])
 
 
 def side_by_side(paths: list[Path]) -> bool:
@@ -694,7 +707,7 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     if not instances or there.is_file() and root.is_dir():
         raise UserError(f"--input {source}: this network needs instance maps, too; name the map, "
                         "or for a folder the folder of maps, with --instances")
-    maps = find(there, "*", "", "instance") if there.is_dir() else {}
+    maps = find(there, "*", "instance") if there.is_dir() else {}
     files = [{role: path, "instance": maps.get(key_of(path, role), there)} for path in paths]
     for each in files:
         if each["instance"].is_dir():
@@ -841,23 +854,21 @@ class Dataset(torch.utils.data.Dataset):
     def read_headers(self) -> None:
         """What all files say before their pixels: sizes, kinds, palettes. Then what a sample holds.
         """
-        heads, faults = {role: {} for role in self.roles}, []
+        heads, faults = [], []
         for files in tqdm(self.files, "headers", disable=None, delay=2):
             with collected(faults):
-                here = {role: read_header(path, role) for role, path in files.items()}
-                if len({size for size, *_ in here.values()}) > 1:
+                heads.append({role: read_header(path, role) for role, path in files.items()})
+                if len({size for size, *_ in heads[-1].values()}) > 1:
                     raise UserError(f"{next(iter(files.values()))}: sizes differ (height, width): "
-                                    + ", ".join(f"{key} {here[key][0]}" for key in here))
-                for role, head in here.items():
-                    heads[role][files[role]] = head
-        refuse_all(faults)
-        sizes = [size for size, *_ in next(iter(heads.values())).values()]
+                                    + ", ".join(f"{k} {v[0]}" for k, v in heads[-1].items()))
+        refuse_all(faults)                      # from here on, there is a head for each
+        sizes, both = [next(iter(head.values()))[0] for head in heads], [*zip(self.files, heads)]
         self.sizes = Counter(sizes)
         self.understood.setdefault("file_size", [sorted(s)[len(s) // 2] for s in zip(*sizes)])
         for role in sorted(self.roles - {*IDS}):
-            self.understand_photos(role, {path: kind for path, (_, kind, _) in heads[role].items()})
+            self.understand_photos(role, {files[role]: head[role][1] for files, head in both})
         if "label" in self.roles:
-            self.understand_labels({stored: path for path, (*_, stored) in heads["label"].items()})
+            self.understand_labels({head["label"][2]: files["label"] for files, head in both})
 
     def understand_photos(self, role: str, kinds: dict[Path, str]) -> None:
         """Two halves or one photo, grey or not, and the range of values of more than 8 bit."""
@@ -887,10 +898,10 @@ class Dataset(torch.utils.data.Dataset):
     def understand_labels(self, palettes: dict[bytes, Path]) -> None:
         """Classes by what label maps hold, unless told; one colour for each palette index."""
         paths, faults = [files["label"] for files in self.files], []
-        contents = [LabelContent(path) for path in spread(paths, self.SAMPLE)]
+        contents = [read_map(path, "label")[1] for path in spread(paths, self.SAMPLE)]
         self.found = decide_classes(self.layout.classes, contents)
         if not self.classes and not self.found:     # counting asks more: a class may be rare
-            contents = [LabelContent(path) for path in tqdm(
+            contents = [read_map(path, "label")[1] for path in tqdm(
                 spread(paths, 10 * self.SAMPLE), "classes", disable=None, delay=2)]
             self.classes = count_classes(contents)
         self.classes = self.classes or self.found
@@ -899,7 +910,7 @@ class Dataset(torch.utils.data.Dataset):
         for content in contents:
             with collected(faults):
                 self.pixels_of += content.count(table)
-            if content.palette is not None and not table.colours:
+            if content.kind == "P" and not table.colours:
                 colours = dict(zip(content.values.tolist(), content.colours.tolist())) | colours
         refuse_all(faults)
         n = len(table.names)
@@ -908,7 +919,7 @@ class Dataset(torch.utils.data.Dataset):
         if np.flatnonzero(self.pixels_of).tolist() == [0, n] and n > 1:
             notice("only class 0 and unknown in the label maps; divide masks of 0 and 255 by 255")
         for stored, path in palettes.items():
-            palette = (np.frombuffer(stored, np.uint8).reshape(-1, 3) @ CODE).tolist()
+            palette = (np.reshape([*stored], (-1, 3)) @ CODE).tolist()
             if any(palette[i] != colour for i, colour in colours.items() if i < len(palette)):
                 raise UserError(f"{path}: an index of its palette has another colour, so another "
                                 "class, than in other files; save class ids as 8-bit grey PNG")
@@ -986,11 +997,10 @@ class Dataset(torch.utils.data.Dataset):
         """Item i as stored: uint8 photos, int64 ids, no augmentation."""
         item = {}
         if self.layout.name == "streets":
-            label, instance, image = map(torch.from_numpy, drawn_street(
-                self.files[i], self.load_size or (256, 512)))
-            parts = {"label": label.long(), "instance": instance.long(),
-                     "image": image.permute(2, 0, 1).clone()}
-            return {"name": self.names[i]} | {role: parts[role] for role in self.layout.roles}
+            drawn = drawn_street(self.files[i], self.load_size or (256, 512))
+            return {"name": self.names[i]} | {
+                role: drawn[role].long() if role in IDS else drawn[role].clone()
+                for role in self.layout.roles}
         for role, path in self.files[i].items():
             if role == "label":
                 item[role] = read_label(path, self.table)
@@ -1008,10 +1018,12 @@ class Dataset(torch.utils.data.Dataset):
 
 
 @functools.lru_cache(1000)
-def drawn_street(index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, instance and image of a street, drawn once at the size needed, and kept small."""
+def drawn_street(index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    """A street as an item, drawn once at the size needed, and kept small."""
     drawn = street(0, index, size)
-    return drawn["label"].astype(np.uint8), drawn["instance"].astype(np.int32), drawn["image"]
+    return {"label": torch.from_numpy(drawn["label"].astype(np.uint8)),
+            "instance": torch.from_numpy(drawn["instance"].astype(np.int32)),
+            "image": torch.from_numpy(drawn["image"]).permute(2, 0, 1)}
 
 
 def spread(paths: list[Path], n: int) -> list[Path]:
@@ -1036,27 +1048,7 @@ def refuse_all(faults: list[UserError]) -> None:
         raise UserError(f"{faults[0]}" + f" (one of {len(faults)} bad files)" * (len(faults) > 1))
 
 
-class LabelContent:
-    """What a label map holds: its values, how many pixels have each, and their colours, as r, g, b
-    in one number, if it has some."""
-
-    def __init__(self, path: Path):
-        raw, self.palette = read_ids(path, "label")
-        self.path, self.coloured = path, raw.ndim == 3
-        counts = np.bincount((raw @ CODE if self.coloured else raw).ravel())
-        self.values = np.flatnonzero(counts)
-        self.counts, self.colours = counts[self.values], self.values if self.coloured else ()
-        if self.palette is not None:
-            self.colours = self.palette[self.values] @ CODE
-
-    def count(self, table: ClassTable) -> np.ndarray:
-        """How many pixels have each id (channels), as the table reads them."""
-        stored = self.values[:, None] >> (16, 8, 0) & 255 if self.coloured else self.values
-        ids = to_ids(self.path, stored[None], self.palette, table)[0]
-        return np.bincount(ids, self.counts, table.channels).astype(np.int64)
-
-
-def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
+def decide_classes(suggested: str, contents: list[MapContent]) -> str:
     """The row of TABLES that label maps fit by what they hold; "" if there is none.
 
     A layout suggests a row, and names of files may; but a set of one's own lies in the same
@@ -1067,7 +1059,7 @@ def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
     cityscapes = all("_gtFine_label" in name for name in names)
     if cityscapes or all(re.fullmatch(r"\d{12}", name) for name in names):
         suggested = "cityscapes" if cityscapes else suggested or "coco_stuff"
-    if all(len(content.colours) for content in contents):
+    if all(content.colours is not None for content in contents):
         seen = set(np.concatenate([content.colours for content in contents]).tolist())
         for name, table in TABLES.items():
             if table.colours and seen <= {*(table.palette @ CODE).tolist()} and (
@@ -1093,11 +1085,11 @@ def decide_classes(suggested: str, contents: list[LabelContent]) -> str:
     return suggested if enough else ""
 
 
-def count_classes(contents: list[LabelContent]) -> str:
+def count_classes(contents: list[MapContent]) -> str:
     """Where nothing says it: one more than the highest id, if the ids can be meant as classes."""
     path, pixels_of = contents[0].path, np.zeros(65536)
     for content in contents:
-        if content.coloured:
+        if content.kind == "RGB":
             raise UserError(f"{content.path}: a colour label map, in the palette of no known data "
                             "set; save class ids as 8-bit grey PNG")
         pixels_of[content.values] += content.counts
@@ -1618,17 +1610,34 @@ def vehicles_visible(scene: Scene, vehicles: list[Thing]) -> bool:
     return apart and min(np.bincount(grid.ravel(), minlength=len(vehicles) + 1)[1:]) >= 80
 
 
-# Streets: shapes, as (material, corners in metres), to be painted in this order
+# Streets: shapes, as (material, corners), to be painted in this order. Corners are p, y, z: metres
+# to the side, up and ahead; of a vehicle p is in half widths, and 1 on the side that is seen.
 
-def box(x0: float, x1: float, y0: float, y1: float, z: float) -> list:
+def box(p0: float, p1: float, y0: float, y1: float, z: float = 0) -> list:
     """A rectangle that faces the camera."""
-    return [(x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)]
+    return [(p0, y0, z), (p1, y0, z), (p1, y1, z), (p0, y1, z)]
 
 
-def disc(x: float, y: float, z: float, r: float, sideways: bool = False, n: int = 14) -> list:
-    """A circle that faces the camera or, sideways, the street (a wheel)."""
-    circle = [(r * math.sin(k * math.tau / n), r * math.cos(k * math.tau / n)) for k in range(n)]
-    return [(x, y + q, z + p) if sideways else (x + p, y + q, z) for p, q in circle]
+def wall(z0: float, z1: float, y0: float, y1: float, p: float = 1) -> list:
+    """A rectangle along the street."""
+    return [(p, y0, z0), (p, y0, z1), (p, y1, z1), (p, y1, z0)]
+
+
+def wide(p: float, y: float, z: float, p1: float, y1: float, z1: float) -> list:
+    """A slope: as wide as -p..p at (y, z), and as -p1..p1 at (y1, z1)."""
+    return [(-p, y, z), (p, y, z), (p1, y1, z1), (-p1, y1, z1)]
+
+
+def disc(p: float, y: float, z: float, r: float, n: int = 14) -> list:
+    """A circle that faces the camera."""
+    return [(p + r * math.sin(k * math.tau / n), y + r * math.cos(k * math.tau / n), z)
+            for k in range(n)]
+
+
+def wheels(y: float, ends: tuple, radii: tuple) -> list:
+    """Two circles, tyre and rim, that face the street."""
+    return [(name, [(1, q, z + p) for p, q, _ in disc(0, y, 0, r)])
+            for z in ends for name, r in zip(("tyre", "rim"), radii)]
 
 
 def building_shape(b: Building) -> list:
@@ -1636,7 +1645,7 @@ def building_shape(b: Building) -> list:
     if b.side == 0:
         return [("far", box(b.near, b.far, 0, b.height, END))]
     x, h, out = b.side * WALL, b.height, b.side
-    front = [(x, 0, b.near), (x, 0, b.far), (x, h, b.far), (x, h, b.near)]
+    front = wall(b.near, b.far, 0, h, x)
     if h < 2:
         return [("masonry", front)]
     ridge, top = x + out * .9, h + 1.7
@@ -1647,91 +1656,72 @@ def building_shape(b: Building) -> list:
             ("facade", front)]
 
 
-def car_shape(t: Thing, seen: int) -> list:
-    """Body, cabin and wheels of a hatchback; `seen` is the side (-1 or +1) that the camera sees."""
-    foot, roof, end, tail = (.15, .75, 2.7, 3.5) if t.away else (1.0, 1.75, 3.4, 4.05)
-    at = lambda points: [(t.x + .9 * seen * p, y, t.z + z) for p, y, z in points]
-    wide = lambda p, y, z, q, y2, z2: at([(-p, y, z), (p, y, z), (q, y2, z2), (-q, y2, z2)])
-    lamp = "tail" if t.away else "head"
-    front = [] if t.away else [("bumper", wide(.5, .47, 0, .55, .60, 0))]
+@functools.cache
+def car_shape(away: bool) -> list:
+    """Body, cabin and wheels of a hatchback, from behind or from the front."""
+    foot, roof, end, tail = (.15, .75, 2.7, 3.5) if away else (1.0, 1.75, 3.4, 4.05)
     return [
-        ("tyre", at([(.97, .05, .1), (.97, .05, 4.1), (.97, .4, 4.1), (.97, .4, .1)])),
-        ("tyre", wide(.97, 0, .05, .97, .4, .05)), ("bumper", wide(.66, .12, .02, .66, .4, .02)),
-        ("side", at([(1, .22, 0), (1, .22, 4.2), (1, .7, 4.2), (1, .92, tail), (1, .92, foot),
-                     (1, .80, 0)])),
-        ("side", at([(1, .90, foot), (.80, 1.42, roof), (.80, 1.42, end), (1, .90, tail)])),
-        ("glass", at([(.98, .95, foot + .35), (.83, 1.35, roof + .2), (.83, 1.35, end - .2),
-                      (.98, .95, tail - .35)])),
-        ("side", at([(.99, .9, 2.0), (.83, 1.4, 2.0), (.83, 1.4, 2.12), (.99, .9, 2.12)])),
-        *[(m, disc(t.x + .9 * seen, .32, t.z + z, r, True)) for z in (.8, 3.4)
-          for m, r in (("tyre", .33), ("rim", .19))],
-        ("top", wide(.80, 1.42, roof, .80, 1.44, end)),
+        ("tyre", wall(.1, 4.1, .05, .4, .97)), ("tyre", box(-.97, .97, 0, .4, .05)),
+        ("bumper", box(-.66, .66, .12, .4, .02)),
+        ("side", [(1, .22, 0), (1, .22, 4.2), (1, .7, 4.2), (1, .92, tail), (1, .92, foot),
+                  (1, .80, 0)]),
+        ("side", [(1, .90, foot), (.80, 1.42, roof), (.80, 1.42, end), (1, .90, tail)]),
+        ("glass", [(.98, .95, foot + .35), (.83, 1.35, roof + .2), (.83, 1.35, end - .2),
+                   (.98, .95, tail - .35)]),
+        ("side", [(.99, .9, 2.0), (.83, 1.4, 2.0), (.83, 1.4, 2.12), (.99, .9, 2.12)]),
+        *wheels(.32, (.8, 3.4), (.33, .19)), ("top", wide(.80, 1.42, roof, .80, 1.44, end)),
         ("body", wide(1, .90, foot, .80, 1.42, roof)),
         ("glass", wide(.88, .95, foot + .05, .75, 1.37, roof - .05)),
         ("top", wide(1, .78, 0, .97, .92, foot)),
-        ("body", at([(-.98, .24, 0), (.98, .24, 0), (1, .5, 0), (.97, .82, 0), (-.97, .82, 0),
-                     (-1, .5, 0)])),
-        ("bumper", wide(.97, .24, 0, .99, .36, 0)), *front,
-        ("plate", wide(.27, .39, 0, .27, .5, 0)),
-        *[(lamp, at([(s * .58, .56, 0), (s * .97, .54, 0), (s * .95, .72, 0), (s * .66, .70, 0)]))
-          for s in (-1, 1)]]
+        ("body", [(-.98, .24, 0), (.98, .24, 0), (1, .5, 0), (.97, .82, 0), (-.97, .82, 0),
+                  (-1, .5, 0)]),
+        ("bumper", wide(.97, .24, 0, .99, .36, 0)),
+        *[("bumper", wide(.5, .47, 0, .55, .60, 0))] * (not away),
+        ("plate", box(-.27, .27, .39, .5)),
+        *[("tail" if away else "head", [(s * .58, .56, 0), (s * .97, .54, 0), (s * .95, .72, 0),
+                                        (s * .66, .70, 0)]) for s in (-1, 1)]]
 
 
-def truck_shape(t: Thing, seen: int) -> list:
+@functools.cache
+def truck_shape(away: bool) -> list:
     """A box van: seen from behind two doors, from the front a cab below the box."""
-    at = lambda points: [(t.x + 1.15 * seen * p, y, t.z + z) for p, y, z in points]
-    flat = lambda p0, p1, y0, y1, z=0: at([(p0, y0, z), (p1, y0, z), (p1, y1, z), (p0, y1, z)])
-    wall = lambda z0, z1, y0, y1: at([(1, y0, z0), (1, y0, z1), (1, y1, z1), (1, y1, z0)])
-    lamp = "tail" if t.away else "head"
-    shape = [("tyre", flat(-.96, .96, 0, .5, .1)), ("bumper", flat(-.5, .5, .2, .5, .1)),
-             ("bumper", wall(0, 6.5, .3, .62)),
-             *[(m, disc(t.x + 1.15 * seen, .45, t.z + z, r, True)) for z in (1.2, 5.2)
-               for m, r in (("tyre", .46), ("rim", .24))]]
-    if t.away:
-        shape += [("side", wall(0, 6.3, .6, 3.1)), ("body", flat(-1, 1, .5, 3.1)),
-                  ("side", flat(-.02, .02, .6, 3.0)), ("bumper", flat(-.94, -.9, .7, 2.9)),
-                  ("bumper", flat(.90, .94, .7, 2.9)), ("bumper", flat(.1, .2, 1.3, 1.5)),
-                  ("side", flat(-1, 1, 2.98, 3.1))]
+    shape = [("tyre", box(-.96, .96, 0, .5, .1)), ("bumper", box(-.5, .5, .2, .5, .1)),
+             ("bumper", wall(0, 6.5, .3, .62)), *wheels(.45, (1.2, 5.2), (.46, .24))]
+    if away:
+        shape += [("side", wall(0, 6.3, .6, 3.1)), ("body", box(-1, 1, .5, 3.1)),
+                  ("side", box(-.02, .02, .6, 3.0)), ("bumper", box(-.94, -.9, .7, 2.9)),
+                  ("bumper", box(.90, .94, .7, 2.9)), ("bumper", box(.1, .2, 1.3, 1.5)),
+                  ("side", box(-1, 1, 2.98, 3.1))]
     else:
-        shape += [("side", wall(1.8, 6.5, .6, 3.1)), ("body", flat(-1, 1, .6, 3.1, 1.8)),
+        shape += [("side", wall(1.8, 6.5, .6, 3.1)), ("body", box(-1, 1, .6, 3.1, 1.8)),
                   ("side", wall(0, 1.7, .5, 2.3)), ("glass", wall(.5, 1.3, 1.4, 2.15)),
-                  ("top", at([(-1, 2.3, .2), (1, 2.3, .2), (.95, 2.6, 1.8), (-.95, 2.6, 1.8)])),
-                  ("body", flat(-1, 1, .45, 2.3)), ("glass", flat(-.88, .88, 1.35, 2.12)),
-                  ("bumper", flat(-.6, .6, .8, 1.15))]
-    return shape + [("bumper", flat(-1, 1, .38, .58)), ("plate", flat(-.22, .22, .42, .54)),
-                    *[(lamp, flat(s * .70, s * .94, .66, .86)) for s in (-1, 1)]]
+                  ("top", wide(1, 2.3, .2, .95, 2.6, 1.8)), ("body", box(-1, 1, .45, 2.3)),
+                  ("glass", box(-.88, .88, 1.35, 2.12)), ("bumper", box(-.6, .6, .8, 1.15))]
+    return shape + [("bumper", box(-1, 1, .38, .58)), ("plate", box(-.22, .22, .42, .54)), *[
+        ("tail" if away else "head", box(s * .70, s * .94, .66, .86)) for s in (-1, 1)]]
 
 
-def person_shape(t: Thing) -> list:
+def person_shape(detail: int) -> list:
     """Walking, arms down; measures are shares of the body's height."""
-    h, stride = t.height, .03 + .05 * (t.detail % 7) / 6
-    at = lambda *points: [(t.x + h * p, h * q, t.z) for p, q in points]
-    coat = ("coat", "coat2")[t.detail % 2]
-    return [("jeans", at((-.075, .5), (.0, .5), (-stride, .0), (-stride - .06, 0))),
-            ("jeans", at((0, .5), (.075, .5), (stride + .06, 0), (stride, 0))),
-            (coat, at((-.10, .80), (-.14, .74), (-.15, .46), (-.11, .45), (-.09, .60), (-.085, .44),
-                      (.085, .44), (.09, .60), (.11, .45), (.15, .46), (.14, .74), (.10, .80),
-                      (.03, .84), (-.03, .84))),
-            ("hair", disc(t.x, h * .935, t.z, h * .063)),
-            ("skin", disc(t.x, h * .915, t.z, h * .052))]
+    stride, flat = .03 + .05 * (detail % 7) / 6, lambda *points: [(p, q, 0) for p, q in points]
+    return [("jeans", flat((-.075, .5), (.0, .5), (-stride, .0), (-stride - .06, 0))),
+            ("jeans", flat((0, .5), (.075, .5), (stride + .06, 0), (stride, 0))),
+            (("coat", "coat2")[detail % 2],
+             flat((-.10, .80), (-.14, .74), (-.15, .46), (-.11, .45), (-.09, .60), (-.085, .44),
+                  (.085, .44), (.09, .60), (.11, .45), (.15, .46), (.14, .74), (.10, .80),
+                  (.03, .84), (-.03, .84))),
+            ("hair", disc(0, .935, 0, .063)), ("skin", disc(0, .915, 0, .052))]
 
 
-def post_shape(t: Thing) -> list:
-    """A street lamp that leans over the road, or a traffic sign."""
-    x, z, h, out = t.x, t.z, t.height, -np.sign(t.x)
-    if t.kind == "lamp":
-        return [("steel", box(x - .08, x + .08, 0, 1.0, z)),
-                ("steel", box(x - .05, x + .05, 1, h, z)),
-                ("steel", [(x, h - .08, z), (x + out * 1.1, h + .1, z), (x + out * 1.1, h + .2, z),
-                           (x, h + .06, z)]),
-                ("bulb", box(x + out * .75, x + out * 1.3, h + .0, h + .15, z))]
-    plate = [[("red", disc(x, h - .4, z, .42)), ("white", disc(x, h - .4, z, .30))],
-             [("white", box(x - .38, x + .38, h - .8, h, z)),
-              ("signal", box(x - .34, x + .34, h - .76, h - .04, z)),
-              ("white", disc(x, h - .4, z, .17, n=3))],
-             [("red", [(x - .48, h - .8, z), (x + .48, h - .8, z), (x, h + .02, z)]),
-              ("white", [(x - .27, h - .68, z), (x + .27, h - .68, z), (x, h - .24, z)])]]
-    return [("steel", box(x - .045, x + .045, 0, h - .4, z)), *plate[t.detail % 3]]
+LAMP = [("steel", box(-.08, .08, 0, 1)), ("steel", box(-.05, .05, 1, 6)),       # leans to p > 0
+        ("steel", [(0, 5.92, 0), (1.1, 6.1, 0), (1.1, 6.2, 0), (0, 6.06, 0)]),
+        ("bulb", box(.75, 1.3, 6, 6.15))]
+SIGNS = [[("steel", box(-.045, .045, 0, 2.5)), *plate] for plate in (
+    [("red", disc(0, 2.5, 0, .42)), ("white", disc(0, 2.5, 0, .30))],
+    [("white", box(-.38, .38, 2.1, 2.9)), ("signal", box(-.34, .34, 2.14, 2.86)),
+     ("white", disc(0, 2.5, 0, .17, n=3))],
+    [("red", [(-.48, 2.1, 0), (.48, 2.1, 0), (0, 2.92, 0)]),
+     ("white", [(-.27, 2.22, 0), (.27, 2.22, 0), (0, 2.66, 0)])])]
 
 
 @functools.cache
@@ -1747,15 +1737,28 @@ def tree_crown(kind: int) -> tuple[np.ndarray, np.ndarray]:
     return balls[:, None, :2] + edge[..., None] * np.stack([np.cos(turn), np.sin(turn)], 1), balls
 
 
-def tree_shape(t: Thing) -> tuple[list, np.ndarray]:
-    """A trunk, then the lumps of leaves; and the lumps' balls (9, 3) in metres."""
-    lumps, balls = tree_crown(t.detail % 24)
-    shape = [("trunk", [(t.x - .16, 0, t.z), (t.x + .16, 0, t.z), (t.x + .09, .7 * t.height, t.z),
-                        (t.x - .09, .7 * t.height, t.z)])]
-    keep = slice(None if t.z < 20 else 4, None)  # far away five simple lumps do
-    shape += [("leaf", [(t.x + p, q, t.z) for p, q in (t.height * lump).tolist()])
-              for lump in lumps[keep, ::1 if t.z < 20 else 2]]
-    return shape, balls[keep] * t.height + (t.x, 0, 0)
+def tree_shape(t: Thing) -> list:
+    """A trunk, then the lumps of leaves."""
+    lumps = tree_crown(t.detail % 24)[0]
+    lumps = lumps if t.z < 20 else lumps[4:, ::2]  # far away five simple lumps do
+    return [("trunk", wide(.16, 0, 0, .09, .7 * t.height, 0)),
+            *[("leaf", [(p, y, 0) for p, y in lump]) for lump in (t.height * lumps).tolist()]]
+
+
+def shape_of(t: Thing, seen: int) -> list:
+    """Where it stands in the street; `seen` is the side (-1 or +1) that the camera sees."""
+    across = up = 1
+    if t.kind in SIZES:
+        shape = car_shape(t.away) if t.kind == "car" else truck_shape(t.away)
+        across = SIZES[t.kind][0] * seen
+    elif t.kind == "person":
+        shape, across, up = person_shape(t.detail), t.height, t.height
+    elif t.kind == "lamp":
+        shape, across = LAMP, -np.sign(t.x)
+    else:
+        shape = tree_shape(t) if t.kind == "tree" else SIGNS[t.detail % 3]
+    return [(name, [(t.x + across * p, up * y, t.z + z) for p, y, z in points])
+            for name, points in shape]
 
 
 # Streets: from a scene to a layout
@@ -1792,17 +1795,20 @@ def noise(x: np.ndarray, y: np.ndarray, power: float) -> np.ndarray:
     return top + b * (low - top)
 
 
-def objects(scene: Scene, edge: float) -> tuple[list, np.ndarray]:
-    """Everything far to near as (table row, shape) and the table's row of each vehicle.
+# What an object's samples know of it. Of houses: side, the first window's z, bay, height, shade; of
+# things: the side that is seen, class (-1: the material's), number among their like; of lumps of
+# leaves: their ball.
+Row = namedtuple("Row", "z side near bay height shade kind number ball_x ball_y ball_r",
+                 defaults=(1e3, 0, 0, 1, 1, -1, -1, 0, 0, 0, 1))
 
-    A row holds x, z, side, near, bay, height, palette shade, class (-1: the material's), number,
-    ball. The street's things stand in front of all facades, so the houses are painted first. Every
-    lump of leaves is a row of its own, lit as a ball. What lies beyond |u| = edge is left out.
+
+def objects(scene: Scene, edge: float) -> tuple[list[tuple[Row, list]], list[int]]:
+    """Everything far to near as (row, shape), and which of them are the vehicles.
+
+    The street's things stand in front of all facades, so the houses are painted first. Every lump
+    of leaves is a row of its own, lit as a ball. What lies beyond |u| = edge is left out.
     """
-    painted, owner = [((0, 1e3, 0, 0, 1, 1, -1, -1, 0, 0, 0, 1), [])], {}
-    number = {id(t): k for k, t in enumerate(t for t in scene.things if t.kind == "person")}
-    for kind in SIZES:
-        number.update((id(v), k) for k, v in enumerate(v for v in scene.vehicles if v.kind == kind))
+    painted, place = [(Row(), [])], {}
     things = [t for t in scene.things
               if abs(scene.vanishing[0] * t.z + t.x - scene.camera[0]) < edge * t.z + 3]
     behind = [t for t in things if abs(t.x) > WALL]
@@ -1810,24 +1816,16 @@ def objects(scene: Scene, edge: float) -> tuple[list, np.ndarray]:
     depth = lambda a: -(a.z if isinstance(a, Thing) else a.near if a.side else 1e3)
     for a in sorted(scene.buildings + behind, key=depth) + sorted(front, key=depth):
         if isinstance(a, Building):
-            painted.append(((0, END, a.side, a.near, a.bay, a.height, a.shade, -1, 0, 0, 0, 1),
-                            building_shape(a)))
+            painted.append((Row(END, a.side, a.near, a.bay, a.height, a.shade), building_shape(a)))
             continue
-        row = lambda side=0, cls=-1, ball=(0, 0, 1): (a.x, a.z, side, 0, 1, 1, -1, cls,
-                                                      number.get(id(a), 0), *ball)
+        seen, place[id(a)] = 1 if scene.camera[0] > a.x else -1, len(painted)
+        number = [t for t in scene.things + scene.vehicles if t.kind == a.kind].index(a)
+        row, shape = Row(a.z, seen, kind=CLASS_ID.get(a.kind, -1), number=number), shape_of(a, seen)
+        painted.append((row, shape[:1] if a.kind == "tree" else shape))
         if a.kind == "tree":
-            shape, balls = tree_shape(a)
-            painted += [(row(ball=ball), [lump]) for lump, ball in zip(shape, [(0, 0, 1), *balls])]
-        elif a.kind in SIZES:
-            seen = 1 if scene.camera[0] > a.x else -1  # the side that the camera sees
-            owner[id(a)] = len(painted)
-            painted.append((row(seen, CLASS_ID[a.kind]),
-                            (car_shape if a.kind == "car" else truck_shape)(a, seen)))
-        elif a.kind == "person":
-            painted.append((row(cls=CLASS_ID["person"]), person_shape(a)))
-        else:
-            painted.append((row(), post_shape(a)))
-    return painted, np.array([owner[id(v)] for v in scene.vehicles])
+            balls = tree_crown(a.detail % 24)[1][1 - len(shape):] * a.height + (a.x, 0, 0)
+            painted += [(Row(*row[:-3], *ball), [lump]) for ball, lump in zip(balls, shape[1:])]
+    return painted, [place[id(v)] for v in scene.vehicles]
 
 
 def shadows(scene: Scene) -> list:
@@ -1889,26 +1887,6 @@ def rasterise(scene: Scene, size: tuple[int, int], fine: int, painted: list):
     return np.array(canvas), cast, contact, halo / 255
 
 
-def ground(scene: Scene, x, z, pixel) -> tuple[np.ndarray, np.ndarray]:
-    """Material and brightness of the ground at (x, z) metres; `pixel` its width in metres."""
-    side, rough = np.abs(x), np.minimum(1, 6 / z)
-    edges = np.array([ROAD, KERB, 5.75 if scene.verge else KERB, WALL], np.float32)
-    kinds = np.array([M[k] for k in ("asphalt", "kerb", "grass", "slab", "grass")])
-    material = kinds[np.searchsorted(edges, side)]
-    road, grass = material == M["asphalt"], material == M["grass"]
-    thin = np.maximum(.07, .45 * pixel)  # at least a sample wide: far marks do not break up
-    mark = (side < thin) & (fraction(z / 5) < .52) | (np.abs(side - 2.65) < thin * .7)
-    if scene.zebra:
-        mark &= np.abs(z - scene.zebra - 1) > 2.5
-        mark |= (np.abs(z - scene.zebra - 1) < 1.4) & (fraction(x / 1.1) < .55)
-    material[mark & road] = M["mark"]
-    fine, coarse = grit(x * 150 + 4000, z * 100, .3), noise(x * 7 + 40, z * 2.2, 1.3)
-    tone = 1 + np.where(grass, .11, .055).astype(np.float32) * (rough * fine + coarse)
-    joint = (fraction(side / .9) < .055) | (fraction(z / 1.2) < .05)
-    tone[joint & (material == M["slab"]) & (pixel < .12)] -= .16
-    return material, tone
-
-
 def facades(s, y, near, bay, height, pixel) -> tuple[np.ndarray, np.ndarray]:
     """Material and brightness of facades at s metres along the street and y up."""
     base, away = 3.3, np.clip(.16 / pixel, 0, 1)  # texture finer than a sample fades
@@ -1957,14 +1935,15 @@ class Layout:
         (H, W), (u0, v0), fine = size, scene.vanishing, 2 if size[0] * size[1] <= 1 << 20 else 1
         painted, self.owner = objects(scene, W / (2 * H))           # owner: a vehicle's object
         code, cast, contact, self.halo = rasterise(scene, size, fine, painted)
-        (h, w), self.table = code.shape, np.array([row for row, _ in painted], np.float32).T
-        self.scene, self.h, self.shades = scene, h, self.table[6].astype(np.int64)
+        (h, w), self.scene, self.h = code.shape, scene, code.shape[0]
+        self.table = Row(*np.array([row for row, _ in painted], np.float32).T)
+        self.shades = self.table.shade.astype(np.int64)
         self.u = np.tile(((np.arange(w) + .5 - w / 2) / h - u0).astype(np.float32), h)
         self.v = np.repeat(((np.arange(h) + .5) / h - v0).astype(np.float32), w)
         self.object, self.material = code.ravel() >> 6, (code.ravel() & 63).astype(np.uint8)
-        self.z = self.table[1][self.object]
         self.tone = np.ones(h * w, np.float32)
         self.sun, self.sky = M_SUN[self.material, 0], M_SKY[self.material, 0]
+        self.find_places()
         self.lay_ground(cast, contact)
         self.lay_facades()
         self.lay_leaves()
@@ -1979,7 +1958,7 @@ class Layout:
         self.clouds()
 
         centre = np.arange(h * w).reshape(h, w)[fine // 2::fine, fine // 2::fine]       # (H, W)
-        o, (cls, number) = self.object[centre], self.table[7:9].astype(np.int64)
+        o, cls, number = self.object[centre], *(a.astype(np.int64) for a in self.table[6:8])
         self.label = label = np.where(cls[o] >= 0, cls[o], M_CLASS[self.material[centre]])
         self.instance = np.where(label >= CLASS_ID["person"], 1000 * label + number[o], label)
         self.vehicles = [(int(1000 * cls[k] + number[k]), STREETS[cls[k]]) for k in self.owner]
@@ -1992,68 +1971,88 @@ class Layout:
         """Flat indices of the samples of these materials."""
         return np.flatnonzero(np.isin(self.material, [M[name] for name in names]))
 
+    def find_places(self) -> None:
+        """Where each sample lies: x, y and z in metres."""
+        (x_cam, y_cam), side = self.scene.camera, self.table.side
+        z = self.z = self.table.z[self.object]
+        g = self.ground = np.flatnonzero((self.object == 0) & (self.v > .9 * y_cam / END))
+        z[g] = y_cam / self.v[g]
+        f = self.walls = self.where("facade", "masonry", "roof")    # one plane per side
+        u = np.where(self.u[f] == 0, 1e-6, self.u[f])
+        z[f] = np.clip((side[self.object[f]] * WALL - x_cam) / u, 1, END)
+        f = self.where("gable")                                     # faces the camera
+        z[f] = self.table.near[self.object[f]]
+        self.x, self.y = x_cam + self.u * z, y_cam - self.v * z
+
     def lay_ground(self, cast, contact) -> None:
         """Road and footpath, with the shadow that the houses on the sun's side throw."""
-        scene, (x_cam, y_cam) = self.scene, self.scene.camera
-        g = self.ground = np.flatnonzero((self.object == 0) & (self.v > .9 * y_cam / END))
-        z = self.z[g] = y_cam / self.v[g]
-        x = x_cam + self.u[g] * z
-        self.material[g], self.tone[g] = ground(scene, x, z, z / self.h)
+        scene, g = self.scene, self.ground
+        x, z = self.x[g], self.z[g]
+        side, rough, pixel = np.abs(x), np.minimum(1, 6 / z), z / self.h
+        edges = np.array([ROAD, KERB, 5.75 if scene.verge else KERB, WALL], np.float32)
+        kinds = np.array([M[k] for k in ("asphalt", "kerb", "grass", "slab", "grass")])
+        material = kinds[np.searchsorted(edges, side)]
+        road, grass = material == M["asphalt"], material == M["grass"]
+        thin = np.maximum(.07, .45 * pixel)  # at least a sample wide: far marks do not break up
+        mark = (side < thin) & (fraction(z / 5) < .52) | (np.abs(side - 2.65) < thin * .7)
+        if scene.zebra:
+            mark &= np.abs(z - scene.zebra - 1) > 2.5
+            mark |= (np.abs(z - scene.zebra - 1) < 1.4) & (fraction(x / 1.1) < .55)
+        material[mark & road] = M["mark"]
+        fine, coarse = grit(x * 150 + 4000, z * 100, .3), noise(x * 7 + 40, z * 2.2, 1.3)
+        tone = 1 + np.where(grass, .11, .055).astype(np.float32) * (rough * fine + coarse)
+        joint = (fraction(side / .9) < .055) | (fraction(z / 1.2) < .05)
+        tone[joint & (material == M["slab"]) & (pixel < .12)] -= .16
+        self.material[g], self.tone[g] = material, tone
+
         row = sorted((b for b in scene.buildings if b.side == scene.sun), key=lambda b: b.near)
-        edges, roofs = (np.array(a, np.float32) for a in ([b.near for b in row],
-                                                          [b.height for b in row]))
+        edges, roofs = np.array([(b.near, b.height) for b in row], np.float32).T
         which = np.searchsorted(edges, z - 1.2 - .25 * (WALL - scene.sun * x)) - 1
         reach = WALL - .42 * (roofs[np.maximum(which, 0)] + 1)
         self.sun[g] = np.clip((reach - scene.sun * x) * 8 + .5, 0, 1) * (1 - cast[g])
-        open_sky = np.clip(1.27 - .05 * np.abs(x), .8, 1)  # the houses hide much of it from near
+        open_sky = np.clip(1.27 - .05 * side, .8, 1)  # the houses hide much of it from near
         self.sky[g] = (1 - .72 * contact[g]) * open_sky
 
     def lay_facades(self) -> None:
-        """One plane per side of the street, and the skyline."""
-        _, _, side, near, bay, height, *_ = self.table
-        scene, f = self.scene, self.where("facade", "masonry", "roof")
-        o, u = self.object[f], self.u[f]
-        z = (side[o] * WALL - scene.camera[0]) / np.where(u == 0, 1e-6, u)
-        z = self.z[f] = np.clip(z, 1, END).astype(np.float32)
-        y = scene.camera[1] - self.v[f] * z
-        plain = self.material[f] != M["facade"]
-        kind, tone = facades(z, y, near[o], bay[o], height[o], z * z / (self.h * 6))
-        self.material[f] = np.where(plain, self.material[f], kind)
-        tone[plain] = 1 + .10 * grit(z[plain] * 30, y[plain] * 60 + 4000, .4)
-        self.tone[f], shaded = tone, side[o] == scene.sun
-        self.sun[f] = M_SUN[self.material[f], 0] * ~shaded
-        self.sky[f] = M_SKY[self.material[f], 0] * (.82 + .18 * np.clip(y / 6, 0, 1))
+        """The houses of both sides, garden walls, roofs, and the skyline."""
+        f = self.walls
+        o, y, z, kind = self.object[f], self.y[f], self.z[f], self.material[f]
+        facade = np.flatnonzero(kind == M["facade"])
+        tone = 1 + .10 * grit(z * 30, y * 60 + 4000, .4)            # of walls and roofs
+        near, bay, height = (column[o[facade]] for column in self.table[2:5])
+        kind[facade], tone[facade] = facades(
+            z[facade], y[facade], near, bay, height, z[facade] ** 2 / (self.h * 6))
+        shaded = self.table.side[o] == self.scene.sun
+        self.material[f], self.tone[f], self.sun[f] = kind, tone, M_SUN[kind, 0] * ~shaded
+        self.sky[f] = M_SKY[kind, 0] * (.82 + .18 * np.clip(y / 6, 0, 1))
         self.sky[f] *= np.where(shaded, .92, 1)
-        f = self.where("gable")  # faces the camera
-        self.z[f] = near[self.object[f]]
         f = self.where("far")
-        x, y = self.u[f] * END, scene.camera[1] - self.v[f] * END
+        x, y = self.u[f] * END, self.y[f]
         self.tone[f] = 1 - .22 * ((fraction(x / 2.4) < .45) & (fraction(y / 3.2) < .5) & (y > 2))
 
     def lay_leaves(self) -> None:
         """Every lump a ball, lit from above and from the sun's side."""
         f = self.where("leaf")
-        o, (x_cam, y_cam), (bx, by, br) = self.object[f], self.scene.camera, self.table[-3:]
-        a = (x_cam + self.u[f] * self.z[f] - bx[o]) / br[o]
-        b = (y_cam - self.v[f] * self.z[f] - by[o]) / br[o]
+        o, (ball_x, ball_y, ball_r) = self.object[f], self.table[-3:]
+        a = (self.x[f] - ball_x[o]) / ball_r[o]
+        b = (self.y[f] - ball_y[o]) / ball_r[o]
         leaf = grit(a * 18 + 31 * (o & 7) + 512, b * 18 + 512, .5)
         self.tone[f] = .92 + .28 * b + .17 * leaf
         self.sun[f] = np.clip(.55 + .45 * b + .45 * self.scene.sun * a + .25 * leaf, 0, 1.3)
 
     def lamplight(self, contact) -> np.ndarray:
         """Lamps on both sides every LAMP_GAP metres: one folded distance serves them all."""
-        scene, g = self.scene, self.ground
-        x, y = scene.camera[0] + self.u * self.z, scene.camera[1] - self.v * self.z
+        scene, g, y = self.scene, self.ground, self.y
         dz = self.z - scene.lamps
         dz -= LAMP_GAP * np.round(dz / LAMP_GAP)
-        lamp = 1.3 / (1 + ((np.abs(x) - 4) ** 2 + .5 * (y - 5.5) ** 2 + .8 * dz * dz) / 26)
+        lamp = 1.3 / (1 + ((np.abs(self.x) - 4) ** 2 + .5 * (y - 5.5) ** 2 + .8 * dz * dz) / 26)
         beam = np.exp(-(self.u[g] * self.z[g] / 1.8) ** 2 - ((self.z[g] - 8) / 3.5) ** 2)
         lamp[g] = lamp[g] * (1 - .6 * contact[g]) + .35 * beam
-        car = np.flatnonzero((self.table[7] >= CLASS_ID["car"])[self.object])
+        car = np.flatnonzero((self.table.kind >= CLASS_ID["car"])[self.object])
         lamp[car] = .95  # the camera's own headlights
         self.tone[car] *= .90 + .14 * np.clip(y[car] / 1.5, 0, 1)
         side = self.where("side")  # of a vehicle: turns to the sun or away from it
-        self.sun[side] = np.where(self.table[2][self.object[side]] == scene.sun, .9, .15)
+        self.sun[side] = np.where(self.table.side[self.object[side]] == scene.sun, .9, .15)
         return lamp
 
     def clouds(self) -> None:
