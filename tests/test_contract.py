@@ -507,14 +507,21 @@ def test_padding_is_by_reflection(h, w):
     assert np.array_equal(padded[0, 0].numpy(), np.pad(x[0, 0].numpy(), more, "reflect"))
 
 
+PRINTED = {  # the papers' numbers beside a run's: of its own patch, the truth, all or one D, ...
+    "crn_imle": ["8.804 7.725", "3.415 2.87"], "lab2pix": ["0.936 0.738 0.646 45.500"],
+    "pix2pix": ["0.650 0.210 0.170", "0.800 0.260 0.210"],
+    "pix2pixhd": ["ours 83.78 0.6389", "pix2pix 78.34 0.3948", "CRN 70.55 0.3483",
+                  "oracle 84.29 0.6857", "one D 82.87 0.5775", "68.55", "58.9"]}
+
+
 @each_row
-def test_evaluate_writes_its_metrics_and_repeats_them(row, runs):
+def test_evaluate_writes_its_metrics_beside_the_papers_and_repeats_them(row, runs):
     more, texts = "" if row == "crn_imle" else SCORER, []
-    for folder in "ab":
-        shutil.copytree(runs(row), f"{folder}/r")
-        out = works(row, f"evaluate --out {folder}/r {more} --limit 2")
-        texts.append(Path(folder, "r/metrics.json").read_text())
-        assert re.search(r"\d\.\d\d", out)
+    shutil.copytree(runs(row), "r")
+    for folder, line in (("r", ""), ("new/folder", "--checkpoint r/checkpoint.pt")):
+        out = " ".join(works(row, f"evaluate {line} --out {folder} {more} --limit 2").split())
+        texts.append(Path(folder, "metrics.json").read_text())
+        assert all(line in out for line in PRINTED.get(row, [])) and re.search(r"\d\.\d\d", out)
     assert texts[0] == texts[1] and 2 in json.loads(texts[0]).values()
     assert "NaN" not in texts[0]                           # not JSON
 
