@@ -17,8 +17,9 @@ from conftest import refused, save
 from torchvision.models.vgg import cfgs, make_layers
 
 import common
-from common import FCN8s, VGGFeatures, class_table, load_file, save_file
+from common import FCN8s, VGGFeatures, class_table, save_file
 
+CPU = torch.device("cpu")
 LETTER = {16: "D", 19: "E"}                          # Simonyan & Zisserman's columns
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -84,18 +85,12 @@ def test_the_image_as_it_is_and_pooling_by_average(average, vgg):
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("last, count", [("relu2_1", 9 * (3 * 64 + 64 * 64 + 64 * 128) + 256),
-                                         ("relu5_1", 12_944_960), ("conv5_2", 15_304_768)])
-def test_features_stop_where_they_are_no_longer_needed(last, count, vgg):
-    """9 (c_in c_out) + c_out, summed over the convolutions that are needed."""
-    features = VGGFeatures((last,), 19, vgg[19][1])
-    assert sum(p.numel() for p in features.parameters()) == count
-
-
-def test_features_are_frozen_and_not_saved():
+def test_features_are_as_few_as_are_needed_frozen_and_not_saved():
     """The gradient reaches the image alone. What --vgg names again needs no place in a checkpoint,
     and restoring leaves it alone."""
     vgg = VGGFeatures(("relu1_1", "relu3_1"), 19, "random")
+    assert sum(p.numel() for p in vgg.parameters()) == 640 + 9 * (        # 9 (c_in c_out) + c_out
+        3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256)
     before = vgg.trunk[0].weight.clone()
     image = torch.zeros(1, 3, 16, 16, requires_grad=True)
     sum(f.square().sum() for f in vgg(image).values()).backward()
@@ -243,9 +238,6 @@ def flat(tmp_path):
     return Flat(str(tmp_path / "d"), size=(32, 32), classes="2")
 
 
-CPU = torch.device("cpu")
-
-
 def test_fcn_scorer_learns_two_colours_and_is_kept(flat, tmp_path):
     folder, settings = tmp_path / "runs", dict(weights="random", width=4, steps=40, batch_size=3,
                                                lr=1e-3)
@@ -275,8 +267,6 @@ def test_fcn_scorer_learns_two_colours_and_is_kept(flat, tmp_path):
     with refused(cache, "delete it"):
         common.fcn_scorer(flat, folder, CPU, **settings)
 
-
-# -------------------------------------------------------------------------------------- scores
 
 def numpy_scores(predicted, label, table):
     """Loops over pixels: accuracy, mean of per-class accuracies, mean IoU over the classes seen."""
@@ -319,24 +309,6 @@ def test_scored_target_keeps_19_of_cityscapes_35():
 
 
 # ---------------------------------------------------------------------------- files of weights
-
-@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"),
-                                   KeyboardInterrupt()])
-def test_a_save_that_fails_or_is_interrupted_leaves_the_old_file(error, tmp_path, monkeypatch):
-    """What torch says of a full disk; and Ctrl-C in the middle of torch.save."""
-    path = tmp_path / "x.pt"
-    save_file({"step": 1}, path)
-
-    def fail(content, file):
-        file.write(b"half a checkpoint")
-        raise error
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(KeyboardInterrupt) if not error.args else refused(path, *error.args):
-        save_file({"step": 2}, path)
-    assert load_file(path, "") == {"step": 1}
-    assert not error.args or [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
 
 def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
     calls = []
