@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import matplotlib.figure
@@ -20,8 +21,9 @@ import pytest
 import torch
 from conftest import (
     NAMES, ROWS, SCORER, TINY, as_user, assert_same, assert_same_state, count, ended, fails,
-    free_port, label_map, lives, losses_of, paper_map, place, rooms, script_of, shell, size_of,
-    source, stored, test_line, works)
+    free_port, label_map, lives, losses_of, paper_map, place, rooms, sample_line, script_of, shell,
+    size_of, source, stored, works)
+from PIL import Image
 
 import common
 
@@ -93,10 +95,13 @@ def test_imports_no_other_script_and_nothing_of_unix_alone(name):
     assert "common" in at_import and not at_import & {"resource", "fcntl", "pwd"}   # not on Windows
 
 
-def test_scripts_import_without_a_warning():
-    Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}")
+def test_scripts_import_without_a_warning_and_a_street_is_the_same_in_every_process():
+    street = "sorted((k, v.tobytes()) for k, v in common.street(3, 5, (48, 96)).items())"
+    Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}, common, zlib\n"
+                                      f"print(zlib.crc32(repr({street}).encode()))")
     result = shell("-W error all_of_them.py")
-    assert result.returncode == 0 and not result.stderr, result.stderr
+    here = zlib.crc32(repr(eval(street)).encode())
+    assert (result.stdout, result.stderr) == (f"{here}\n", "")
 
 
 # ----------------------------------------------------------------------------------- The paper map
@@ -473,13 +478,13 @@ def test_sample_needs_no_flags_and_keeps_the_size(row, runs):
     """A label map of any size gives a photo of that size; a folder gives a folder, each alone."""
     label_map("in/a.png")
     label_map("in/b.png", 64, 20)
-    works(row, test_line(row, runs(row), "in/a.png", "--output photo.png"))
-    works(row, test_line(row, runs(row), "in", "--output photos"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output photo.png"))
+    works(row, sample_line(row, runs(row), "in", "--output photos"))
     assert {p.name: size_of(p) for p in Path("photos").iterdir()} == {
         "a.png": (53, 37), "b.png": (20, 64)}
     assert size_of("photo.png") == (53, 37)
     assert Path("photo.png").read_bytes() == Path("photos/a.png").read_bytes()
-    works(row, test_line(row, runs(row), "in/a.png", "--output big.jpg --size 64 96"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output big.jpg --size 64 96"))
     assert size_of("big.jpg") == (96, 64)
 
 
@@ -489,8 +494,8 @@ def test_every_image_and_sample_has_a_draw_of_its_own_by_seed_and_name(row, runs
     label_map("in/a.png")
     shutil.copy("in/a.png", "in/b.png")
     for folder, files in (("one", "in"), ("two", "in/a.png")):
-        works(row, test_line(row, runs(row), files, f"--output {folder} --samples 2"))
-    works(row, test_line(row, runs(row), "in/a.png", "--output three --seed 7 --samples 1"))
+        works(row, sample_line(row, runs(row), files, f"--output {folder} --samples 2"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output three --seed 7 --samples 1"))
     read = {str(p): p.read_bytes() for p in Path(".").glob("*/*.png")
             if "grid" not in p.name and p.parts[0] != "in"}
     names = [f"one/{name}_{k}.png" for name in "ab" for k in (1, 2)] + ["three/a.png"]
@@ -505,6 +510,18 @@ def test_padding_is_by_reflection(h, w):
     more = [(0, max(-side % 32, 48 - side, 0)) for side in (h, w)]
     padded = common.mirror_pad(x, 32, 48)
     assert np.array_equal(padded[0, 0].numpy(), np.pad(x[0, 0].numpy(), more, "reflect"))
+
+
+@each_row
+def test_outputs_are_grey_where_the_photos_of_training_were(row, runs):
+    content = stored(runs(row))
+    content["config"]["understood"]["image"] = {"grey": True, "span": None}
+    Path("r").mkdir()
+    torch.save(content, "r/checkpoint.pt")
+    label_map("a.png", 64, 64)
+    works(row, sample_line(row, "r", more="--output o.png"))
+    shades = np.asarray(Image.open("o.png").convert("RGB")).astype(int)
+    assert not np.ptp(shades, -1).any() and np.ptp(shades) > 0
 
 
 PRINTED = {  # the papers' numbers beside a run's: of its own patch, the truth, all or one D, ...

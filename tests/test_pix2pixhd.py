@@ -400,8 +400,6 @@ def test_stored_features_are_half_sized_and_of_8_bits():
     torch.testing.assert_close(whole, loops_average(E(x), region), rtol=1e-5, atol=1e-6)
 
 
-# -------------------------------------------------------------------- Boundaries, instance averages
-
 def test_boundary_map_from_its_definition():
     """Any of the four neighbours in the image, of the same image of the batch."""
     ids = torch.randint(0, 3, (3, 6, 7)) + 65530
@@ -525,8 +523,6 @@ def test_init_puts_an_enhancer_around_a_trained_g1(capsys):
     back = pix2pixhd.build(replace(small, init=("d.pt",)), CPU).generator
     assert_same(back.output.state_dict(), G.early_outputs[0].state_dict())
 
-
-# ----------------------------------------------------------------------------- Released checkpoints
 
 def test_released_files_paint_the_authors_pictures(shared, city):
     """Files as the authors publish them, from networks as their code describes them, through the
@@ -839,8 +835,6 @@ def test_mirror_flips_training_photos_alone():
         assert len(looks) == 1 + (mirror and split == "train")
 
 
-# ------------------------------------------------------------ As a user calls it: data and sampling
-
 def test_without_instance_maps_the_labels_do():
     """Told once, remembered by the checkpoint, and nobody is asked for instances again."""
     data = scenes(Path("data"), instances=())
@@ -855,18 +849,13 @@ def test_without_instance_maps_the_labels_do():
 
 
 def test_edges_to_photos():
-    """Pairs of images, through all three stages: no labels, no styles. Grey of grey photos."""
+    """Pairs of images, through all three stages: no labels, no styles."""
     for split, side, i in itertools.product(("train", "test"), "AB", range(3)):
-        path = picture(Path(f"data/{split}_{side}/{i}.png"), 64, 64, i + 9 * (side == "B"))
-        if side == "B":
-            with Image.open(path) as image:
-                save(path, image.convert("L"))
+        picture(Path(f"data/{split}_{side}/{i}.png"), 64, 64, i + 9 * (side == "B"))
     call(f"{TINY} --preset edges2photo --data data --features 0 --steps 7 --out r")
     assert stored("r")["config"]["classes"] == "" and stored("r")["stage"] == 2
     call(f"sample --out r --output o --input {picture(Path('e.jpg'), 33, 47)}")
-    with Image.open("o/e.png") as image:
-        pixels = np.asarray(image)
-    assert pixels.shape == (33, 47, 3) and (pixels == pixels[..., :1]).all() and pixels.std() > 0
+    assert size_of("o/e.png") == (47, 33)
     for mode in ("evaluate", "edit"):
         fails("pix2pixhd", f"{mode} --out r", "label")
 
@@ -884,8 +873,6 @@ def test_a_test_split_without_photos():
         call("edit --out r --item 2 --style 26000=1")
     assert [p.name for p in Path("r/edits").iterdir()] == ["2.png"]
 
-
-# ------------------------------------------------------------- As a user calls it: styles and edits
 
 def test_encode_completes_an_interrupted_run(run):
     """It fills in the styles and leaves all else in the checkpoint as it was."""
