@@ -153,21 +153,20 @@ def steps_take_a_second():
         for script in map(importlib.import_module, NAMES):
             patch.setattr(script, "time", SimpleNamespace(**vars(time) | {
                 "perf_counter": lambda: clock.now}))
-            patch.setattr(script.Run, "done", later(clock, script.Run.done))
+
+            def told(run, losses, done=script.Run.done):
+                clock.now += 1
+                return done(run, losses)
+
+            patch.setattr(script.Run, "done", told)
         yield clock
-
-
-def later(clock: SimpleNamespace, done):
-    def told(run, losses):
-        clock.now += 1
-        return done(run, losses)
-    return told
 
 
 # ------------------------------------------------------------------------------ Running a script
 
 class Ended(NamedTuple):
-    """How a call ended: its exit code, or what a user would see as a traceback; what was said."""
+    """How a call or a process ended: its exit code, minus the signal, or what a user would see as a
+    traceback; what was said."""
     code: int | str
     out: str
     err: str
@@ -219,14 +218,11 @@ def script_of(row: str):
     return importlib.import_module(row.partition("-")[0])
 
 
-def test_line(row: str, run: Path | str, source: str = "a.png", more: str = "") -> str:
+def sample_line(row: str, run: Path | str, source: str = "a.png", more: str = "") -> str:
     """`sample` of a run, for a file or folder with label maps: one image of each, unless said."""
     instances = INSTANCES.get(row, "").format(source)
     return (f"sample --checkpoint {run}/checkpoint.pt --input {source} {instances} --samples 1 "
             f"{more}")
-
-
-test_line.__test__ = False
 
 
 def fails(name: str, line: str, *words) -> str:
@@ -278,13 +274,6 @@ def torchrun(line: str, **options) -> subprocess.CompletedProcess:
                  f"--master_port {free_port()} {line}", **options)
 
 
-class Life(NamedTuple):
-    """How a process ended, by exit code or minus the signal; what it said."""
-    code: int
-    out: str
-    err: str
-
-
 def lives(name: str, line: str, act=None, *arguments, env: dict | None = None, wait: bool = True):
     """The script in a process of its own, forked from one that has imported it already and trained
     nothing. act(script, *arguments) is called there first. Without `wait`, the process."""
@@ -323,11 +312,11 @@ def live(name: str, line: str, folder: str, env: dict, act, arguments: tuple) ->
     exec(last_lines(name), vars(script) | {"__name__": "__main__"})
 
 
-def ended(process, rank: str = "") -> Life:
+def ended(process, rank: str = "") -> Ended:
     process.join(300)
     process.kill()
     said = (Path(f"{file}{rank}.txt").read_text() for file in ("said", "wrong"))
-    return Life(process.exitcode, *said)
+    return Ended(process.exitcode, *said)
 
 
 # ---------------------------------------------------------------------------------------- Files

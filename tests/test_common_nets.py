@@ -3,6 +3,7 @@
 The oracles: torchvision's own VGG, numpy loops, and the rank of an upsampled map.
 """
 
+import contextlib
 import os
 import pickle
 import urllib.error
@@ -16,8 +17,9 @@ from conftest import refused, save
 from torchvision.models.vgg import cfgs, make_layers
 
 import common
-from common import FCN8s, VGGFeatures, class_table, load_file, save_file
+from common import FCN8s, VGGFeatures, class_table, save_file
 
+CPU = torch.device("cpu")
 LETTER = {16: "D", 19: "E"}                          # Simonyan & Zisserman's columns
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -83,46 +85,31 @@ def test_the_image_as_it_is_and_pooling_by_average(average, vgg):
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("last, count", [("relu2_1", 9 * (3 * 64 + 64 * 64 + 64 * 128) + 256),
-                                         ("relu5_1", 12_944_960), ("conv5_2", 15_304_768)])
-def test_features_stop_where_they_are_no_longer_needed(last, count, vgg):
-    """9 (c_in c_out) + c_out, summed over the convolutions that are needed."""
-    features = VGGFeatures((last,), 19, vgg[19][1])
-    assert sum(p.numel() for p in features.parameters()) == count
-
-
-def test_gradient_reaches_the_image_and_no_weight(vgg):
-    features = VGGFeatures(("relu1_1", "relu3_1"), 19, vgg[19][1])
-    image = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    sum(f.square().sum() for f in features(image).values()).backward()
-    assert image.grad.abs().sum() > 0
-    assert list(features.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in features.parameters())
-
-
-def test_frozen_features_are_not_saved():
-    """What --vgg names again needs no place in a checkpoint, and restoring leaves it alone."""
-    vgg = VGGFeatures(("relu1_1",), 19, "random")
+def test_features_are_as_few_as_are_needed_frozen_and_not_saved():
+    """The gradient reaches the image alone. What --vgg names again needs no place in a checkpoint,
+    and restoring leaves it alone."""
+    vgg = VGGFeatures(("relu1_1", "relu3_1"), 19, "random")
+    assert sum(p.numel() for p in vgg.parameters()) == 640 + 9 * (        # 9 (c_in c_out) + c_out
+        3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256)
     before = vgg.trunk[0].weight.clone()
+    image = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    sum(f.square().sum() for f in vgg(image).values()).backward()
+    assert image.grad.abs().sum() > 0 and not any(p.requires_grad for p in vgg.parameters())
     assert vgg.state_dict() == {}
     vgg.load_state_dict({})
     assert torch.equal(vgg.trunk[0].weight, before)
 
 
-def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone():
-    nets = []
+def test_random_weights_are_the_same_each_time_and_keep_the_scale_through_16_layers():
+    """And leave the generator of random numbers alone."""
+    x, found = torch.randn(1, 3, 64, 64, generator=torch.manual_seed(3)).clamp(-1, 1), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        nets.append(dict(VGGFeatures(("relu2_2",), 19, "random").named_parameters()))
+        found.append(VGGFeatures(("relu1_1", "relu5_4"), 19, "random", normalise=False)(x))
         assert torch.equal(state, torch.get_rng_state())
-    assert nets[0] and all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
-
-
-def test_random_weights_keep_the_scale_through_16_layers():
-    x = torch.randn(1, 3, 64, 64, generator=torch.manual_seed(3)).clamp(-1, 1)
-    features = VGGFeatures(("relu1_1", "relu5_4"), 19, "random", normalise=False)(x)
-    shallow, deep = (features[k].square().mean().sqrt() for k in ("relu1_1", "relu5_4"))
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+    shallow, deep = (value.square().mean().sqrt() for value in found[0].values())
     assert .1 < deep / shallow < 10
 
 
@@ -133,25 +120,15 @@ def test_vgg_of_images_too_small_to_be_halved_five_times():
     assert torch.equal(features["pool5"], features["relu5_3"])
 
 
-def refused_vgg(weights, *words, depth=19, layers=("relu5_1",)):
-    """A UserError that names all three ways to come by weights."""
-    with refused("--vgg FILE", "--vgg random", *words):
-        VGGFeatures(layers, depth, str(weights))
-
-
-FILES = {  # name: (what it holds, given VGG-16's state dict; what the message says of it)
-    "list.pth": (lambda s: [torch.zeros(3)], "list"), "empty.pth": (lambda s: {}, "VGG-16"),
-    "one.pth": (lambda s: {"features.0.weight": torch.zeros(3)}, "VGG-16"),
-    "nan.pth": (lambda s: s | {"features.24.bias": torch.full((512,), torch.nan)}, "VGG-16"),
-    "bn.pth": (lambda s: {f"features.{k}": v for k, v in make_layers(
-        cfgs["D"][:5], batch_norm=True).state_dict().items()}, "VGG-16")}
-
-
-def test_vgg_file_of_another_kind(tmp_path, vgg):
-    state = torch.load(vgg[16][1], weights_only=True)
-    for name, (make, word) in FILES.items():
-        torch.save(make(state), tmp_path / name)
-        refused_vgg(tmp_path / name, name, word, depth=16)
+@pytest.mark.parametrize("make", [                   # what a file holds, given VGG-16's weights
+    lambda s: [torch.zeros(3)], lambda s: {}, lambda s: {"features.0.weight": torch.zeros(3)},
+    lambda s: s | {"features.24.bias": torch.full((512,), torch.nan)},
+    lambda s: {f"features.{k}": v for k, v in make_layers(
+        cfgs["D"][:5], batch_norm=True).state_dict().items()}])
+def test_vgg_file_of_another_kind(make, tmp_path, vgg):
+    torch.save(make(torch.load(vgg[16][1], weights_only=True)), tmp_path / "vgg.pth")
+    with refused("--vgg FILE", "--vgg random", tmp_path / "vgg.pth"):
+        VGGFeatures(("relu5_1",), 16, str(tmp_path / "vgg.pth"))
 
 
 def test_vgg_16_stands_in_for_vgg_19_and_says_so(vgg, capsys):
@@ -177,9 +154,8 @@ def test_a_download_is_used_or_its_error_names_the_three_ways(error, monkeypatch
         return torch.load(vgg[19][1], weights_only=True)
 
     monkeypatch.setattr(torchvision.models.VGG19_Weights, "get_state_dict", download)
-    if error:
-        refused_vgg("imagenet", "imagenet", "https://", str(error.args[0]))
-    else:
+    ways = ("--vgg FILE", "--vgg random", "imagenet", "https://", str(error and error.args[0]))
+    with refused(*ways) if error else contextlib.nullcontext():
         got = VGGFeatures(("relu1_1",), 19, "imagenet").trunk.conv1_1.weight
         assert torch.equal(got, vgg[19][0][0].weight)
 
@@ -262,9 +238,6 @@ def flat(tmp_path):
     return Flat(str(tmp_path / "d"), size=(32, 32), classes="2")
 
 
-CPU = torch.device("cpu")
-
-
 def test_fcn_scorer_learns_two_colours_and_is_kept(flat, tmp_path):
     folder, settings = tmp_path / "runs", dict(weights="random", width=4, steps=40, batch_size=3,
                                                lr=1e-3)
@@ -294,8 +267,6 @@ def test_fcn_scorer_learns_two_colours_and_is_kept(flat, tmp_path):
     with refused(cache, "delete it"):
         common.fcn_scorer(flat, folder, CPU, **settings)
 
-
-# -------------------------------------------------------------------------------------- scores
 
 def numpy_scores(predicted, label, table):
     """Loops over pixels: accuracy, mean of per-class accuracies, mean IoU over the classes seen."""
@@ -327,15 +298,6 @@ def test_scores_equal_a_numpy_loop(name):
     assert got == pytest.approx(numpy_scores(predicted, label, table), rel=1e-6)
 
 
-def test_perfect_and_worst_scores_and_those_of_nothing_known():
-    table, label = class_table("camvid"), torch.arange(11).repeat(3, 4)[None]
-    score = lambda made, truth: common.segmentation_scores(
-        common.confusion_matrix(made, truth, table)).values()
-    assert set(score(label, label)) == {1.0} and set(score((label + 1) % 11, label)) == {0.0}
-    with refused("scored", "--classes"):            # a number that means nothing is an error
-        score(label * 0, label * 0 + 11)
-
-
 def test_scored_target_keeps_19_of_cityscapes_35():
     table = class_table("cityscapes")
     target = common.scored_target(torch.arange(35), table)
@@ -348,31 +310,6 @@ def test_scored_target_keeps_19_of_cityscapes_35():
 
 # ---------------------------------------------------------------------------- files of weights
 
-def test_save_and_load(tmp_path):
-    content = {"a": torch.arange(5), "n": 3, "nested": {"s": "x", "list": [1, 2.5, None]}}
-    save_file(content, tmp_path / "new" / "folder" / "x.pt")
-    got = load_file(tmp_path / "new" / "folder" / "x.pt", "")
-    assert torch.equal(got.pop("a"), content.pop("a")) and got == content
-
-
-@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamWriter failed writing file"),
-                                   KeyboardInterrupt()])
-def test_a_save_that_fails_or_is_interrupted_leaves_the_old_file(error, tmp_path, monkeypatch):
-    """What torch says of a full disk; and Ctrl-C in the middle of torch.save."""
-    path = tmp_path / "x.pt"
-    save_file({"step": 1}, path)
-
-    def fail(content, file):
-        file.write(b"half a checkpoint")
-        raise error
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(KeyboardInterrupt) if not error.args else refused(path, *error.args):
-        save_file({"step": 2}, path)
-    assert load_file(path, "") == {"step": 1}
-    assert not error.args or [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
 def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
     calls = []
     real = {"fsync": os.fsync, "replace": os.replace}
@@ -380,4 +317,3 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, mo
         monkeypatch.setattr(os, name, lambda *a, name=name: calls.append(name) or real[name](*a))
     save_file({"step": 1}, tmp_path / "x.pt")
     assert calls[:2] == ["fsync", "replace"]
-

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import matplotlib.figure
@@ -20,8 +21,9 @@ import pytest
 import torch
 from conftest import (
     NAMES, ROWS, SCORER, TINY, as_user, assert_same, assert_same_state, count, ended, fails,
-    free_port, label_map, lives, losses_of, paper_map, place, rooms, script_of, shell, size_of,
-    source, stored, test_line, works)
+    free_port, label_map, lives, losses_of, paper_map, place, rooms, sample_line, script_of, shell,
+    size_of, source, stored, works)
+from PIL import Image
 
 import common
 
@@ -92,10 +94,13 @@ def test_imports_no_other_script_and_nothing_of_unix_alone(name):
     assert "common" in at_import and not at_import & {"resource", "fcntl", "pwd"}   # not on Windows
 
 
-def test_scripts_import_without_a_warning():
-    Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}")
+def test_scripts_import_without_a_warning_and_a_street_is_the_same_in_every_process():
+    street = "sorted((k, v.tobytes()) for k, v in common.street(3, 5, (48, 96)).items())"
+    Path("all_of_them.py").write_text(f"import {', '.join(NAMES)}, common, zlib\n"
+                                      f"print(zlib.crc32(repr({street}).encode()))")
     result = shell("-W error all_of_them.py")
-    assert result.returncode == 0 and not result.stderr, result.stderr
+    here = zlib.crc32(repr(eval(street)).encode())
+    assert (result.stdout, result.stderr) == (f"{here}\n", "")
 
 
 # ----------------------------------------------------------------------------------- The paper map
@@ -472,13 +477,13 @@ def test_sample_needs_no_flags_and_keeps_the_size(row, runs):
     """A label map of any size gives a photo of that size; a folder gives a folder, each alone."""
     label_map("in/a.png")
     label_map("in/b.png", 64, 20)
-    works(row, test_line(row, runs(row), "in/a.png", "--output photo.png"))
-    works(row, test_line(row, runs(row), "in", "--output photos"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output photo.png"))
+    works(row, sample_line(row, runs(row), "in", "--output photos"))
     assert {p.name: size_of(p) for p in Path("photos").iterdir()} == {
         "a.png": (53, 37), "b.png": (20, 64)}
     assert size_of("photo.png") == (53, 37)
     assert Path("photo.png").read_bytes() == Path("photos/a.png").read_bytes()
-    works(row, test_line(row, runs(row), "in/a.png", "--output big.jpg --size 64 96"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output big.jpg --size 64 96"))
     assert size_of("big.jpg") == (96, 64)
 
 
@@ -488,8 +493,8 @@ def test_every_image_and_sample_has_a_draw_of_its_own_by_seed_and_name(row, runs
     label_map("in/a.png")
     shutil.copy("in/a.png", "in/b.png")
     for folder, files in (("one", "in"), ("two", "in/a.png")):
-        works(row, test_line(row, runs(row), files, f"--output {folder} --samples 2"))
-    works(row, test_line(row, runs(row), "in/a.png", "--output three --seed 7 --samples 1"))
+        works(row, sample_line(row, runs(row), files, f"--output {folder} --samples 2"))
+    works(row, sample_line(row, runs(row), "in/a.png", "--output three --seed 7 --samples 1"))
     read = {str(p): p.read_bytes() for p in Path(".").glob("*/*.png")
             if "grid" not in p.name and p.parts[0] != "in"}
     names = [f"one/{name}_{k}.png" for name in "ab" for k in (1, 2)] + ["three/a.png"]
@@ -507,13 +512,32 @@ def test_padding_is_by_reflection(h, w):
 
 
 @each_row
-def test_evaluate_writes_its_metrics_and_repeats_them(row, runs):
+def test_outputs_are_grey_where_the_photos_of_training_were(row, runs):
+    content = stored(runs(row))
+    content["config"]["understood"]["image"] = {"grey": True, "span": None}
+    Path("r").mkdir()
+    torch.save(content, "r/checkpoint.pt")
+    label_map("a.png", 64, 64)
+    works(row, sample_line(row, "r", more="--output o.png"))
+    shades = np.asarray(Image.open("o.png").convert("RGB")).astype(int)
+    assert not np.ptp(shades, -1).any() and np.ptp(shades) > 0
+
+
+PRINTED = {  # the papers' numbers beside a run's: of its own patch, the truth, all or one D, ...
+    "crn_imle": ["8.804 7.725", "3.415 2.87"], "lab2pix": ["0.936 0.738 0.646 45.500"],
+    "pix2pix": ["0.650 0.210 0.170", "0.800 0.260 0.210"],
+    "pix2pixhd": ["ours 83.78 0.6389", "pix2pix 78.34 0.3948", "CRN 70.55 0.3483",
+                  "oracle 84.29 0.6857", "one D 82.87 0.5775", "68.55", "58.9"]}
+
+
+@each_row
+def test_evaluate_writes_its_metrics_beside_the_papers_and_repeats_them(row, runs):
     more, texts = "" if row == "crn_imle" else SCORER, []
-    for folder in "ab":
-        shutil.copytree(runs(row), f"{folder}/r")
-        out = works(row, f"evaluate --out {folder}/r {more} --limit 2")
-        texts.append(Path(folder, "r/metrics.json").read_text())
-        assert re.search(r"\d\.\d\d", out)
+    shutil.copytree(runs(row), "r")
+    for folder, line in (("r", ""), ("new/folder", "--checkpoint r/checkpoint.pt")):
+        out = " ".join(works(row, f"evaluate {line} --out {folder} {more} --limit 2").split())
+        texts.append(Path(folder, "metrics.json").read_text())
+        assert all(line in out for line in PRINTED.get(row, [])) and re.search(r"\d\.\d\d", out)
     assert texts[0] == texts[1] and 2 in json.loads(texts[0]).values()
     assert "NaN" not in texts[0]                           # not JSON
 

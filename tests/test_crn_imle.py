@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TINY as LINES, as_user, assert_same, fails, label_map, parameters, place, refused,
+    TINY as LINES, as_user, assert_same, label_map, parameters, place, refused, save as write,
     size_of, stored, torchrun, works)
 from torch import nn
+from torch.nn import functional as F
 
 import common
 import crn_imle
@@ -28,7 +29,7 @@ TINY = Config(size=(32, 32), width=6, noise_channels=3, encoder_width=5, layers=
               classes="streets", pool=6, candidates=4, inner_steps=3, vgg="random", limit=12,
               lr=1e-3, gpu=-1)
 LINE = LINES["crn_imle"]
-TWELVE = nn.functional.one_hot(torch.randint(0, 12, (1, 32, 32)), 12).movedim(-1, 1).float()
+TWELVE = F.one_hot(torch.randint(0, 12, (1, 32, 32)), 12).movedim(-1, 1).float()
 
 
 def state_of(cfg: Config, search: bool = False):
@@ -51,15 +52,15 @@ def a_run() -> SimpleNamespace:
     return SimpleNamespace(told=told, bar=SimpleNamespace(write=told.append))
 
 
-def batches_of(state, loader, cfg) -> list[dict]:
-    """The rest of an epoch, as train_step takes it."""
-    return [crn_imle.make_pair(batch, cfg, state.photos) for batch in loader]
-
-
 def save(state, cfg, path) -> str:
     common.save_file({"script": "crn_imle", "config": asdict(cfg), "balance": state.balance
                       .state_dict(), "generator": state.generator.state_dict()}, Path(path))
     return str(path)
+
+
+def batches_of(state, loader, cfg) -> list[dict]:
+    """The rest of an epoch, as train_step takes it."""
+    return [crn_imle.make_pair(batch, cfg, state.photos) for batch in loader]
 
 
 # --------------------------------------------------------------------------------------- Networks
@@ -72,74 +73,48 @@ def test_parameter_counts_to_the_unit():
                        98_534_541: Generator(20, noise_channels=10),
                        118_410: NoiseEncoder(20, 10)}.items():
             assert parameters(net) == n
-        refine = Generator(20, noise_channels=10).refine
-        assert [parameters(m) for m in refine] == [
-            9_717_760, *[19_154_944] * 4, 7_218_176, 4_858_880]
 
 
-def test_module_sizes_are_those_of_sec_3_3_1():
-    """M_i works at 2^(i+2) x 2^(i+3)."""
-    net, sizes = Generator(4, 2, width=4, noise_channels=2, encoder_width=3), []
-    for module in net.refine:
-        module.register_forward_hook(lambda m, x, y: sizes.append(tuple(y.shape[2:])))
-    label, noise = torch.zeros(1, 4, 256, 512), torch.randn(1, 2, 256, 512)
-    with torch.no_grad():
-        assert net(label, noise).shape == (1, 2, 3, 256, 512)
-    assert sizes == [(2 ** (i + 2), 2 ** (i + 3)) for i in range(7)]
+def textbook_generator(net: Generator, label: torch.Tensor, noise=None) -> torch.Tensor:
+    """Sec. 3.3 with torch's own functions: shares of the layout in each cell, every 2^i-th noise;
+    features enlarged with corners aligned; layer norm over C, H, W; outputs colour by colour."""
+    p, n, k, x = net.state_dict(), len(net.refine), net.outputs, None
+
+    def two_convolutions(x, name):
+        for i in (0, 3):
+            weight, gain, shift = (p[f"{name}.layers.{key}"] for key in (
+                f"{i}.weight", f"{i + 1}.weight", f"{i + 1}.bias"))
+            x = F.conv2d(x, weight, padding=len(weight[0, 0]) // 2)
+            x = F.layer_norm(x, x.shape[1:]) * gain[:, None, None] + shift[:, None, None]
+            x = F.leaky_relu(x, 0.2)
+        return x
+
+    if net.encoder is not None:
+        noise = F.conv2d(two_convolutions(torch.cat([label, noise], 1), "encoder"),
+                         p["encoder.layers.6.weight"], p["encoder.layers.6.bias"])
+    for i in range(n):
+        s = 2 ** (n - 1 - i)
+        inputs = [label.unflatten(2, (-1, s)).unflatten(4, (-1, s)).mean((3, 5))]
+        inputs += [] if noise is None else [noise[..., ::s, ::s]]
+        if i:
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            inputs = [x, *inputs]
+        x = two_convolutions(torch.cat(inputs, 1), f"refine.{i}")
+    x = F.conv2d(x, p["head.weight"], p["head.bias"])
+    return torch.stack([x[:, [u, k + u, 2 * k + u]] for u in range(k)], 1)
 
 
-def test_layer_norm_is_over_c_h_w_with_gains_per_channel():
-    norm = crn_imle.RefinementModule(3, 4).layers[1]
-    with torch.no_grad():
-        norm.weight.copy_(torch.randn(4))
-        norm.bias.copy_(torch.randn(4))
-    x = torch.randn(2, 4, 5, 6) * 3 + 1
-    gain, shift = (value[:, None, None] for value in (norm.weight, norm.bias))
-    plain = nn.functional.layer_norm(x, x.shape[1:])
-    torch.testing.assert_close(norm(x), plain * gain + shift)
+@pytest.mark.parametrize("outputs, noise, encoder", [(1, 0, 0), (9, 0, 0), (1, 2, 0), (1, 2, 5)])
+def test_generator_is_the_papers(outputs, noise, encoder):
+    net = Generator(4, outputs, 8, 4, noise, encoder).double()
+    for p in net.parameters():
+        nn.init.normal_(p, 0, 0.5)
+    label = F.one_hot(torch.randint(0, 4, (2, 32, 64)), 4).movedim(-1, 1).double()
+    z = torch.randn(2, noise, 32, 64).double() if noise else None
+    torch.testing.assert_close(net(label, z), textbook_generator(net, label, z))
 
 
-def test_label_pyramid_holds_shares_and_noise_pyramid_strides():
-    layout = torch.randint(0, 5, (1, 64, 128))
-    labels = crn_imle.label_pyramid(nn.functional.one_hot(layout, 5).movedim(-1, 1).float(), 5)
-    assert [tuple(x.shape[2:]) for x in labels] == [(64 >> i, 128 >> i) for i in range(5)]
-    for x in labels:
-        torch.testing.assert_close(x.sum(1), torch.ones_like(x[:, 0]))
-    assert labels[3][0, 2, 1, 3] == (layout[0, 8:16, 24:32] == 2).float().mean()
-    noise = torch.randn(1, 10, 256, 512)
-    coarse = crn_imle.noise_pyramid(noise, 7)[6]
-    assert coarse.shape == (1, 10, 4, 8) and torch.equal(coarse, noise[..., ::64, ::64])
-    assert abs(coarse.std() - 1) < 0.2                         # averaging would leave 1/64
-
-
-def test_the_head_lays_outputs_out_colour_by_colour():
-    """Output u is channels u, 9 + u and 18 + u."""
-    net = Generator(3, 9, width=4, modules=3)
-    label = nn.functional.one_hot(torch.randint(0, 3, (1, 16, 16)), 3).movedim(-1, 1).float()
-    raw = {}
-    net.head.register_forward_hook(lambda m, x, y: raw.update(y=y))
-    made = net(label)
-    for u in (0, 4, 8):
-        assert torch.equal(made[0, u], raw["y"][0, [u, 9 + u, 18 + u]])
-
-
-def test_features_are_enlarged_with_corners_aligned():
-    """A corner pixel of the coarse features stays in the corner."""
-    net, seen = Generator(2, width=3, modules=2), {}
-    net.refine[0].register_forward_hook(lambda m, x, y: seen.update(coarse=y))
-    net.refine[1].register_forward_pre_hook(lambda m, x: seen.update(fine=x[0]))
-    net(torch.rand(1, 2, 8, 8))
-    fine = seen["fine"][:, :3]                                 # features first, then the label
-    for i, j in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        torch.testing.assert_close(fine[..., i, j], seen["coarse"][..., i, j])
-
-
-def test_noise_reaches_every_pixel_and_every_module():
-    net = Generator(2, width=4, modules=4, noise_channels=2, encoder_width=0)
-    assert [m.layers[0].in_channels for m in net.refine] == [2 + 2, 4 + 2 + 2, 4 + 2 + 2, 4 + 2 + 2]
-    noise = torch.randn(1, 2, 32, 32, requires_grad=True)
-    net(torch.rand(1, 2, 32, 32), noise).square().sum().backward()
-    assert noise.grad.abs().sum(1).gt(0).all()
+def test_noise_begins_with_a_deviation_of_1_and_is_of_each_pixel_unless_broadcast():
     z_hat = NoiseEncoder(20, 10)(torch.zeros(1, 20, 64, 128), torch.randn(1, 10, 64, 128))
     assert .8 < z_hat.std() < 1.2                              # so the release's 0.15
     z = crn_imle.draw_noise(3, replace(TINY, noise="broadcast"), (5, 7), CPU)
@@ -154,7 +129,7 @@ def test_eq_1_and_the_masked_loss():
     shapes = [(2, 3, 8, 8), (2, 4, 8, 8), (2, 5, 2, 4)]
     a, b = ([torch.randn(s) for s in shapes] for _ in range(2))
     mask, w = torch.rand(2, 8, 8), torch.tensor([1.0, .5, 3])
-    want = sum(lam * (nn.functional.adaptive_avg_pool2d(mask[:, None], x.shape[2:])
+    want = sum(lam * (F.adaptive_avg_pool2d(mask[:, None], x.shape[2:])
                       * (x - y).abs()).mean((1, 2, 3)) for x, y, lam in zip(a, b, w))
     torch.testing.assert_close(crn_imle.distance(a, b, mask, w), want)
 
@@ -166,10 +141,10 @@ def test_diversity_loss(k, per_image):
     w, total = torch.tensor([1.0, 2.5]), 0
     real = [torch.randn(2, *shape) for shape in ((3, 8, 8), (4, 4, 4))]
     fake = [torch.randn(2, k, *x.shape[1:]) for x in real]
-    label = nn.functional.one_hot(torch.randint(0, 3, (2, 8, 8)), 4)         # class 3 never occurs
+    label = F.one_hot(torch.randint(0, 3, (2, 8, 8)), 4)         # class 3 never occurs
     label = label.movedim(-1, 1).float()
     for n in range(2):
-        parts = sum(lam * (nn.functional.adaptive_avg_pool2d(label[n], x.shape[2:])
+        parts = sum(lam * (F.adaptive_avg_pool2d(label[n], x.shape[2:])
                            * (x[n] - y[n]).abs().mean(1, keepdim=True)).mean((2, 3))
                     for x, y, lam in zip(real, fake, w))
         parts = parts.sum(1, keepdim=True) if per_image else parts
@@ -211,15 +186,13 @@ def test_a_random_vgg_answers_to_edges_and_not_to_brightness(monkeypatch):
 # -------------------------------------------------------------------------------------- Rebalancing
 
 def test_survey_measures_mean_colours_and_leaves_blank_images_out(tmp_path):
-    for folder in ("train_img", "train_label"):
-        (tmp_path / folder).mkdir()
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (2, 32, 32)).astype(np.uint8)
     photos = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
     photos[0] = 77                                             # a blank image
     for i in range(2):
-        common.Image.fromarray(photos[i]).save(tmp_path / f"train_img/{i}.png")
-        common.Image.fromarray(labels[i]).save(tmp_path / f"train_label/{i}.png")
+        write(tmp_path / f"train_img/{i}.png", photos[i])
+        write(tmp_path / f"train_label/{i}.png", labels[i])
     cfg = replace(TINY, data=str(tmp_path), classes="4", limit=0)
     colours, areas = crn_imle.survey(crn_imle.dataset(cfg, "train"), cfg)
     assert colours.shape == (2, 5, 3) and colours[0].isnan().all()
@@ -240,14 +213,8 @@ def made_up_colours(n: int = 40) -> torch.Tensor:
     return colours
 
 
-def kernel_densities(x: torch.Tensor) -> torch.Tensor:
-    """A direct sum, with Scott's factor."""
-    h = len(x) ** (-2 / 7) * (x.T.cov() + torch.eye(3))
-    kernels = torch.distributions.MultivariateNormal(x, h)
-    return torch.stack([kernels.log_prob(a).exp().mean() for a in x])
-
-
 def test_rarity_scores():
+    """1 over the density, whose kernels have Scott's factor."""
     colours = made_up_colours()
     scores = crn_imle.rarity_scores(colours)
     assert scores.isfinite().all() and torch.equal(scores > 0, ~colours[..., 0].isnan())
@@ -256,7 +223,10 @@ def test_rarity_scores():
     for k in range(5):                                         # under 10 images: the lowest score
         assert scores[k, 2] == min(scores[k, p] for p in valid)
     for p in (0, 1):
-        density = kernel_densities(colours[:, p])
+        x = colours[:, p]
+        kernels = torch.distributions.MultivariateNormal(
+            x, len(x) ** (-2 / 7) * (x.T.cov() + torch.eye(3)))
+        density = kernels.log_prob(x[:, None]).exp().mean(1)
         torch.testing.assert_close(scores[:, p], 1 / density, rtol=1e-9, atol=0)
     few = crn_imle.rarity_scores(colours[:4])                  # under ten images: all are equal
     assert torch.equal(few, torch.ones_like(few))
@@ -529,13 +499,6 @@ def test_fig_9s_car_drives_away_and_back_and_the_noise_moves_on_the_papers_line(
         torch.testing.assert_close(moving, (1 - k / 4) * a + k / 4 * b)
 
 
-def test_of_grey_photos_outputs_are_grey():
-    state, pair = ready()
-    grey = replace(TINY, understood={"image": {"grey": True}})
-    made, plain = (crn_imle.draw(state, pair, cfg, [1, 2]) for cfg in (grey, TINY))
-    torch.testing.assert_close(made, plain.mean(1, keepdim=True).expand_as(made))
-
-
 # --------------------------------------------------------------------------------------- Evaluation
 
 def test_variance_protocol_against_hand_values():
@@ -550,10 +513,6 @@ def test_variance_protocol_against_hand_values():
 
 
 def test_table_1_averages_over_layouts():
-    """The paper's columns have another mean than its "overall": so the script says what its is."""
-    *columns, overall = crn_imle.TABLE_1.values()
-    assert np.mean(columns, 0) == pytest.approx([2.787, 1.861], abs=1e-3)
-    assert overall == (3.415, 2.870) and crn_imle.TABLE_1["bicycle"] == (.01628, .005704)
     v = [torch.tensor([.2, torch.nan, .9]), torch.tensor([.4, .1, .9])]
     areas = [torch.tensor([10, 0, 9]), torch.tensor([5, 5, 9])]
     row = crn_imle.summarise(v, areas, ["sky", "road", "unknown"])
@@ -572,8 +531,6 @@ def test_nine_come_from_nine_clusters():
     assert len(crn_imle.spread_nine(torch.zeros(12, 3, 8, 8))[0]) == 1         # one cluster only
 
 
-# -------------------------------------------------------------------------------- Classes and sizes
-
 def test_gta_has_twenty_classes():
     """19 that are scored, and all else as "other", as in the released code."""
     cfg = replace(TINY, classes="cityscapes")
@@ -589,8 +546,6 @@ def test_modules_go_down_to_four_rows(size, n):
     cfg = crn_imle.fit_modules(Config(size=size))
     assert cfg.modules == n and 4 <= size[0] >> (n - 1) < 8
 
-
-# ------------------------------------------------------------------------------ Stopping the search
 
 def test_a_search_that_was_broken_off_is_begun_anew(monkeypatch):
     """A second Ctrl-C, in the third epoch's search: what was before is saved, and the run goes on
@@ -639,8 +594,13 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_papers_figures_have_a_mode_each(run):
-    """Fig. 3 to 5 and 7 to 10 on the streets, without any file."""
+    """Fig. 3 to 5 and 7 to 10 on the streets, without any file; and on layouts of one's own."""
+    for name in "ab":
+        label_map(f"in/{name}.png", 40, 48)
     checkpoint = f"--checkpoint {run / 'checkpoint.pt'} --output"
+    works("crn_imle", f"interpolate {checkpoint} own --input in --item b --ends 3 4")
+    for mode in ("video", "transfer"):
+        works("crn_imle", f"{mode} {checkpoint} own/{mode}.png --input in")
     works("crn_imle", f"sample {checkpoint} s --limit 1 --samples 19")
     assert size_of("s/street_1000000_grid.png") == (5 * 34 + 2, 4 * 34 + 2)
     works("crn_imle", f"interpolate {checkpoint} i --samples 3 --item street_1000002")
@@ -651,26 +611,14 @@ def test_the_papers_figures_have_a_mode_each(run):
     for path, columns, rows in (("i/interpolate.png", 4, 2), ("t.png", 3, 5), ("e.png", 4, 4),
                                 ("v.png", 3, 5)):
         assert size_of(path) == (columns * 34 + 2, rows * 34 + 2)
-    assert {p.name for p in Path().rglob("*.gif")} == {
+    assert {p.name for p in Path().rglob("*.gif") if "own" not in p.parts} == {
         "interpolate_linear.gif", "interpolate_variance-preserving.gif", "v_fixed.gif",
         "v_moving.gif"}
 
 
-def test_the_papers_figures_on_own_layouts(run):
-    for name in "ab":
-        label_map(f"in/{name}.png", 40, 48)
-    line = f"--checkpoint {run / 'checkpoint.pt'} --input in --output"
-    said = works("crn_imle", f"interpolate {line} i --item b --ends 3 4")
-    assert "--size 32 32" in said                              # things are larger than in training
-    for mode in ("video", "transfer"):
-        works("crn_imle", f"{mode} {line} {mode}.png")
-
-
-def test_a_crn_has_no_noise():
+def test_a_crns_samples_are_its_outputs():
     crn = Path("crn")
     works("crn_imle", f"{LINE} --model crn --outputs 2 --steps 2 --out {crn}")
-    for mode in ("interpolate", "transfer", "video"):
-        fails("crn_imle", f"{mode} --out {crn}", mode, "noise")
     works("crn_imle", f"sample --out {crn} --limit 1 --output o")
     assert len(list(Path("o").iterdir())) == 3                 # both outputs, and the grid
     works("crn_imle", f"edit --out {crn} --set car=road --output e.png")
@@ -679,13 +627,11 @@ def test_a_crn_has_no_noise():
     assert metrics["samples"] == 2 and metrics["layouts"] == 2
 
 
-def test_evaluate_writes_the_measures_beside_the_papers_and_keeps_table_2s_images(run):
+def test_evaluate_keeps_table_2s_images(run):
     """For each layout the one of nine samples that is nearest to the photo in l1; they are the
     images that `sample` makes of the same layouts, whichever they are among."""
-    said = works("crn_imle", f"evaluate --out {run} --samples 12 --limit 2")
+    works("crn_imle", f"evaluate --out {run} --samples 12 --limit 2")
     metrics = json.loads((run / "metrics.json").read_text())
-    text = " ".join(said.split())
-    assert "8.804 7.725" in text and "3.415 2.87" in text
     works("crn_imle", f"sample --out {run} --limit 3 --output all")
     test_set = common.Dataset("", "test", (32, 32), limit=2)
     for i, name in enumerate(test_set.names):
@@ -705,8 +651,6 @@ def test_other_photos_than_the_run_began_with_are_refused():
         photos = crn_imle.Photos(11, TINY).state_dict()
         crn_imle.load(state, parts | {"photos": photos}, "r", everything=True)
 
-
-# ---------------------------------------------------------------------------------- Map and wording
 
 def test_algorithm_1_stands_in_one_piece_and_its_lines_are_named_where_they_are_carried_out():
     block = re.search(r"\nAlgorithm 1.*?\n\n", crn_imle.__doc__, re.DOTALL)[0]

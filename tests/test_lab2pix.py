@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TINY as LINES, edges_of, fails, grey_levels, label_map, parameters, picture, save, size_of,
-    works)
+    TINY as LINES, edges_of, grey_levels, label_map, parameters, picture, save, size_of, works)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 import common
 import lab2pix
-from lab2pix import Config, GeneratorV1, GeneratorV2, Judged, ReleasedV1, configure
+from lab2pix import (
+    Config, Discriminators, GeneratorV1, GeneratorV2, Judged, ReleasedV1, configure)
 
 CPU = torch.device("cpu")
 TINY = dict(size=(64, 64), width=4, ups=4, vgg="random", batch_size=2, classes="streets")
 TINY_V1 = TINY | dict(version="V1", ups=5)
+
+
 def batch_of(cfg: Config, n: int = 2, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     h, w = cfg.size
@@ -53,37 +55,24 @@ def no_spectral_norm(monkeypatch):
 AT = {5: (256, 256), 6: (256, 512), 7: (512, 1024)}
 
 
-@pytest.mark.parametrize("n, ups, first, dgnorm, count", [
-    (36, 6, "label", True, 105_827_075), (36, 7, "label", True, 109_299_491),
-    (151, 5, "label", True, 106_388_035), (184, 5, "label", True, 107_395_459),
-    (13, 5, "label", True, 102_175_171), (36, 6, "noise", True, 109_721_347),
-    (36, 7, "noise", True, 113_193_763), (151, 5, "noise", True, 113_449_539),
-    (184, 5, "noise", True, 114_152_835), (36, 6, "label", False, 93_048_003),
-    (36, 7, "label", False, 93_570_659), (151, 5, "label", False, 96_492_483),
-    (184, 5, "label", False, 97_480_899), (13, 5, "label", False, 92_359_107),
-    (36, 6, "noise", False, 96_942_275)])
-def test_parameters_of_v2_and_spade(n, ups, first, dgnorm, count, no_spectral_norm):
-    with torch.device("meta"):
-        assert numbers(GeneratorV2(n, AT[ups], 64, ups, 128, first, dgnorm)) == count
-
-
 @pytest.mark.parametrize("make, options, count", [
+    *((GeneratorV2, dict(n=n, size=AT[ups], ups=ups, first=first, dgnorm=dgnorm), count)
+      for n, ups, first, dgnorm, count in (
+        (36, 6, "label", True, 105_827_075), (36, 7, "label", True, 109_299_491),
+        (151, 5, "label", True, 106_388_035), (36, 6, "noise", True, 109_721_347),
+        (184, 5, "noise", True, 114_152_835), (36, 6, "label", False, 93_048_003),
+        (36, 7, "label", False, 93_570_659), (13, 5, "label", False, 92_359_107),
+        (36, 6, "noise", False, 96_942_275))),
     (GeneratorV1, dict(n=35), 110_457_661), (GeneratorV1, dict(n=35, dgnorm=False), 95_319_357),
     (ReleasedV1, dict(n=35, dgnorm=False), 101_035_532),
-    (ReleasedV1, dict(n=1, size=(256, 256), ups=5, sketch=True, dgnorm=False), 68_170_380)])
-def test_parameters_of_v1(make, options, count, no_spectral_norm):
+    (ReleasedV1, dict(n=1, size=AT[5], ups=5, sketch=True, dgnorm=False), 68_170_380),
+    (Discriminators, dict(c_in=3, scales=3, norm="instance"), 27_942_019 + 15_342_722 + 2_743_425),
+    (Discriminators, dict(c_in=39, scales=3, norm="both"), 40_340_995 + 23_026_690 + 5_712_385),
+    (Discriminators, dict(c_in=39, scales=2, kind="patch"), 5_601_410),
+    (Discriminators, dict(c_in=39, scales=3, kind="patch"), 8_402_115)])
+def test_parameters(make, options, count, no_spectral_norm):
     with torch.device("meta"):
         assert numbers(make(**options)) == count
-
-
-def test_parameters_of_the_discriminators(no_spectral_norm):
-    with torch.device("meta"):
-        for norm, c_in, counts in (("instance", 3, (27_942_019, 15_342_722, 2_743_425)),
-                                   ("both", 39, (40_340_995, 23_026_690, 5_712_385))):
-            both = lab2pix.Discriminators(c_in, 3, norm=norm)
-            assert tuple(numbers(d) for d in both.scales) == counts
-        assert numbers(lab2pix.Discriminators(39, 2, kind="patch")) == 5_601_410
-        assert numbers(lab2pix.Discriminators(39, 3, kind="patch")) == 8_402_115
 
 
 @pytest.mark.parametrize("classes, count", [(35, 6_837_353), (2, 6_718_982), (1, 6_715_395)])
@@ -103,12 +92,12 @@ def test_eq_8_17_and_23_sizes_of_the_three_images_and_of_all_verdicts(no_spectra
         assert [x.shape for x in GeneratorV2(35)(z, m)] == [(1, 3, 256, 512)]
         vgg = [{f"pool{k}": torch.zeros(1, c, x.shape[2] >> k, x.shape[3] >> k)
                 for k, c in ((3, 256), (4, 512), (5, 512))} for x in images]
-        verdicts = lab2pix.Discriminators(3, norm="instance")(images, vgg)
+        verdicts = Discriminators(3, norm="instance")(images, vgg)
         found = [[tuple(level.shape[1:]) for level in d.verdicts] for d in verdicts]
         assert found == [[(1, 32, 64), (1, 16, 32), (1, 8, 16)], [(1, 16, 32), (1, 8, 16)],
                          [(1, 8, 16)]]
         assert [len(d.features) for d in verdicts] == [8, 6, 4]
-        patch = lab2pix.Discriminators(39, 2, kind="patch")
+        patch = Discriminators(39, 2, kind="patch")
         wide = [torch.zeros(1, 39, 256, 512), torch.zeros(1, 39, 128, 256)]
         levels, features = patch(wide, [{}, {}])[0]
         sizes = [tuple(f.shape[2:]) for f in features + levels]
@@ -120,11 +109,7 @@ def test_eq_8_17_and_23_sizes_of_the_three_images_and_of_all_verdicts(no_spectra
         assert [x.shape[-1] for x in images] == [256, 128, 64]
 
 
-# ------------------------------------------------------------------------------------ Generator
-
-def conv2d(x: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    return F.conv2d(x, layer.weight, layer.bias, padding=1)
-
+# ------------------------------------------------------------------------- Generator and losses
 
 @pytest.mark.parametrize("eq5, with_h", [(False, False), (False, True), (True, True)])
 def test_eq_3_to_5_dg_norm(eq5, with_h):
@@ -135,27 +120,10 @@ def test_eq_3_to_5_dg_norm(eq5, with_h):
     e, m = torch.randn(2, 2, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
     h = torch.rand(2, 4, 4, 5).double() if with_h else None
     bn = F.batch_norm(e, None, None, net.norm.weight, net.norm.bias, training=True)
-    guide = conv2d(m, net.shared).relu() + (h if with_h else 0)
-    gamma, beta = conv2d(guide, net.gamma_beta).chunk(2, 1)
+    guide = net.shared(m).relu() + (h if with_h else 0)
+    gamma, beta = net.gamma_beta(guide).chunk(2, 1)
     expected = gamma * (bn + 1) + beta if eq5 else (1 + gamma) * bn + beta
     torch.testing.assert_close(net(e, m, h), expected)
-
-
-def test_eq_1_and_6_residual_block():
-    """Out = shortcut(norm_s(d, M)) + main(d, M, H); H reaches the main branch alone."""
-    torch.manual_seed(0)
-    block = lab2pix.GenResBlk(4, 2, 3, hidden=4).eval()
-    d, m, h = torch.randn(2, 4, 6, 6), torch.rand(2, 3, 6, 6), torch.rand(2, 4, 6, 6)
-    main = block.conv_0(F.leaky_relu(block.norm_0(d, m, h), 0.2))
-    main = block.conv_1(F.leaky_relu(block.norm_1(main, m, h), 0.2))
-    torch.testing.assert_close(block(d, m, h), main + block.conv_s(block.norm_s(d, m)))
-    block = lab2pix.GenResBlk(4, 4, 3, hidden=4)
-    for name in ("conv_0", "conv_1"):           # spectral norm: the largest singular value is 1
-        for _ in range(30):
-            block(d, m)
-        weight = getattr(block, name).weight.detach().flatten(1)
-        assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=0.02)
-    assert not hasattr(block.norm_0.shared, "parametrizations")           # inside DG-Norm: none
 
 
 @pytest.mark.parametrize("s", [1, 2, 3, 4, 5, 8, 16])
@@ -177,32 +145,12 @@ def test_eq_7_co_attention():
     """A_m of one channel, in (0, 1), mixes h' and f. A hook on `mask` shows it."""
     net, maps = lab2pix.LSCA(3, 2, 4).double(), []
     h, f, m = (torch.randn(1, c, side, side).double() for c, side in ((3, 3), (2, 6), (4, 6)))
-    coarse = conv2d(F.interpolate(h, scale_factor=2), net.merge)
-    a = conv2d(torch.cat([coarse, f, m], 1), net.mask).sigmoid()
+    coarse = net.merge(F.interpolate(h, scale_factor=2))
+    a = net.mask(torch.cat([coarse, f, m], 1)).sigmoid()
     net.mask.register_forward_hook(lambda mask, x, y: maps.append(torch.sigmoid(y)))
     torch.testing.assert_close(net(h, f, m), coarse * a + f * (1 - a))
     assert a.shape == (1, 1, 6, 6)
     torch.testing.assert_close(maps[0], a)
-
-
-def test_labels_are_resized_by_nearest_sketches_by_average():
-    ids, sketch = torch.randint(0, 5, (2, 8, 8)), torch.rand(1, 1, 8, 8)
-    m = F.one_hot(ids, 5).movedim(-1, 1).float()
-    assert torch.equal(lab2pix.resize_label(m, (4, 4)).argmax(1), ids[:, ::2, ::2])
-    torch.testing.assert_close(lab2pix.resize_label(sketch, (4, 4)), F.avg_pool2d(sketch, 2))
-
-
-# ------------------------------------------------------------------------------------- Losses
-
-def verdicts(seed: int, n: int = 2) -> list[Judged]:
-    """Verdicts of three discriminators with 3, 2, 1 levels, and features."""
-    g = torch.Generator().manual_seed(seed)
-
-    def some(*shape):
-        return 2 * torch.randn(shape, generator=g, dtype=torch.float64)
-
-    return [Judged([some(n, 1, 8 >> (k + l), 8 >> (k + l)) for l in range(3 - k)],
-                   [some(n, 3, 4, 4) for _ in range(8 - 2 * k)]) for k in range(3)]
 
 
 def level_sum(judged, loss, mask=None):
@@ -242,39 +190,10 @@ def test_foreground_by_name(classes, front, back):
     assert not {n.replace("_", " ") for n in back.split()} & chosen
 
 
-def features(layers, seed: int) -> list[dict]:
-    g = torch.Generator().manual_seed(seed)
-    return [{k: torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for k in layers}
-            for _ in range(2)]
-
-
-def test_eq_18_consistency_is_a_norm_per_image():
-    layers = ("conv1_2", "conv2_2", "conv3_2", "conv4_2", "conv5_2")
-    a, b = features(layers, 0), features(layers, 1)
-    expected = sum((x[k] - y[k]).flatten(1).norm(dim=1).mean()
-                   for x, y in zip(a, b) for k in layers)
-    torch.testing.assert_close(lab2pix.consistency_loss(a, b), expected)
-    for side in (a, b):                          # neither is detached
-        side[0]["conv1_2"].requires_grad_()
-    lab2pix.consistency_loss(a, b).backward()
-    assert a[0]["conv1_2"].grad.any() and b[0]["conv1_2"].grad.any()
-
-
-def test_eq_28_perceptual_loss():
-    layers = dict(relu1_1=1 / 32, relu2_1=1 / 16, relu3_1=1 / 8, relu4_1=1 / 4, relu5_1=1)
-    a, b = features(layers, 2), features(layers, 3)
-    expected = sum(w * (x[k] - y[k]).abs().mean() for x, y in zip(a, b) for k, w in layers.items())
-    torch.testing.assert_close(lab2pix.perceptual_loss(a, b), expected)
-
-
-def test_eq_29_feature_matching():
-    a, b = verdicts(4), verdicts(5)
-    terms = [[np.abs((x - y).numpy()).mean() for x, y in zip(f, g)]
-             for (_, f), (_, g) in zip(a, b)]
-    assert lab2pix.feature_matching_loss(a, b).item() == pytest.approx(
-        sum(np.mean(t) for t in terms), rel=1e-12)
-    assert lab2pix.feature_matching_loss(a, b, released=True).item() == pytest.approx(
-        np.mean([sum(t) for t in terms]), rel=1e-12)
+def test_eq_29_as_released_is_a_mean_over_discriminators():
+    a, b = ([Judged([], list(torch.randn(n, 2, 3, 4, 4))) for n in (8, 6, 4)] for _ in "ab")
+    expected = sum((x - y).abs().mean() for (_, f), (_, g) in zip(a, b) for x, y in zip(f, g)) / 3
+    torch.testing.assert_close(lab2pix.feature_matching_loss(a, b, released=True), expected)
 
 
 # ------------------------------------------------------------------------------------ Training
@@ -288,7 +207,7 @@ def same_gradients(parameters, grads) -> None:
 def test_eq_15_and_20_step_v1_is_the_textbook_step():
     """D twice on the same images, once detached, each player's own backward pass; with spectral
     norm, as in toy, whose vectors move as D judges."""
-    cfg = replace(configure(version="V1"), **TINY_V1, lambda_3=1e-3, lambda_2=0.5, gain=1.0,
+    cfg = replace(configure(version="V1"), **TINY_V1, lambda_3=0.1, lambda_2=0.5, gain=1.0,
                   d_norm="spectral")
     batch = batch_of(cfg)
     state, other = (lab2pix.build(cfg, CPU) for _ in "12")
@@ -315,7 +234,7 @@ def test_eq_15_and_20_step_v1_is_the_textbook_step():
         con = con + sum((a[k] - b[k]).square().flatten(1).sum(1).sqrt().mean()
                         for k in lab2pix.CONSISTENCY_LAYERS)
     seg = sum(F.cross_entropy(F.interpolate(s, cfg.size), batch["label"]) for s in S(x))
-    grads = torch.autograd.grad(level_sum(judge(x), real_term, w) + 1e-3 * con + 10 * seg,
+    grads = torch.autograd.grad(level_sum(judge(x), real_term, w) + 0.1 * con + 10 * seg,
                                 [*G.parameters(), *S.parameters()])
     D.eval()                                    # spectral norm: this pass must not step its vectors
     fake = level_sum(judge([each.detach() for each in x]), fake_term, w)
@@ -352,7 +271,7 @@ def textbook_v2(cfg: Config) -> None:
 
     x = G(z, m)[0]
     adv, features = level_sum(fake := judge(x, half(x)), lambda q: -q, w), 0
-    weights = (1, 1 / 4, 1 / 8, 1 / 16, 1 / 32)                           # reversed: a random VGG
+    weights = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)[::-1 if cfg.vgg == "random" else 1]
     vgg = sum(weight * (other.vgg19(a)[k] - other.vgg19(b)[k]).abs().mean()
               for a, b in ((x, y), (half(x), half(y))) for k, weight in
               zip(("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), weights)
@@ -380,8 +299,10 @@ def textbook_v2(cfg: Config) -> None:
     same_gradients(state.discriminator.parameters(), torch.autograd.grad(loss, [*D.parameters()]))
 
 
-def test_eq_22_to_31_step_v2_is_the_textbook_step():
-    textbook_v2(replace(configure("toy"), **TINY, d_norm="both"))
+@pytest.mark.parametrize("vgg", ["random", "small"])
+def test_eq_22_to_31_step_v2_is_the_textbook_step(vgg):
+    """Of a trained VGG the last layer weighs most, of a random one the first."""
+    textbook_v2(replace(configure("toy"), **TINY | dict(vgg=vgg), d_norm="both"))
 
 
 def test_eq_32_each_player_minimises_its_own_part():
@@ -458,10 +379,10 @@ def test_speak_up_shows_the_label_from_the_start():
         cfg = replace(configure("toy", version="V1", short=short), **TINY_V1)
         torch.manual_seed(0)
         G, _, S = lab2pix.networks(cfg)
-        m, z = batch_of(cfg)["input"], torch.randn(1, cfg.noise).expand(2, -1)
-        by_label = G(z, m)[0].diff(dim=0).abs().mean()
-        by_noise = G(torch.randn(2, cfg.noise), m[:1].expand(2, -1, -1, -1))[0].diff(dim=0).abs()
-        seen.append((by_label / by_noise.mean().clamp(min=1e-9)).item())
+        m, z = batch_of(cfg)["input"], torch.randn(2, cfg.noise)
+        by_label, by_noise = (G(z[a], m[b])[0].diff(dim=0).abs().mean()
+                              for a, b in (([0, 0], [0, 1]), ([0, 1], [0, 0])))
+        seen.append(by_label / by_noise.clamp(min=1e-9))
     assert seen[1] > 2 * seen[0]
     assert not S(G(z, m))[0].diff(dim=1).any()
 
@@ -501,9 +422,6 @@ def test_labels_and_photos_of_a_paired_layout_are_read_apart():
     for epoch in range(8):
         for i in range(4):
             assert data.photos.names[data.partner(i, epoch)] != data.names[i]
-    works("lab2pix", f"{LINES['lab2pix-V1']} --data data --limit 0 --steps 1 --out r")
-    works("lab2pix", "sample --out r --output o")
-    assert len(list(Path("o").iterdir())) == 4
 
 
 def test_training_and_sampling_on_two_lists():
@@ -513,9 +431,7 @@ def test_training_and_sampling_on_two_lists():
         picture(f"data/testA/drawing{i}.png", 130, 60, i)
         picture(f"data/trainB/photo{i % 2}.png", 128, 200, i % 2)
     picture("data/testB/photo9.png", 99, 99)
-    line = f"{LINES['lab2pix-V1']} --data data --steps 2 --out r"
-    fails("lab2pix", line, "data")
-    works("lab2pix", f"{line} --task sketch")
+    works("lab2pix", f"{LINES['lab2pix-V1']} --data data --steps 2 --out r --task sketch")
     picture("drawing.jpg", 41, 29)
     works("lab2pix", "sample --out r --input drawing.jpg --output o.png")
     assert size_of("o.png") == (29, 41)
@@ -526,12 +442,10 @@ def test_training_and_sampling_on_two_lists():
 
 # -------------------------------------------------------------------------- Sampling, evaluation
 
-@pytest.mark.parametrize("h, w", [(50, 70), (16, 100)])
-@torch.no_grad()
-def test_translate_gives_the_size_of_its_input(h, w):
-    G, m, z = GeneratorV2(5, (64, 64), 2, 4, 4).eval(), torch.rand(1, 5, h, w), torch.randn(1, 4)
+def test_translate_gives_the_size_of_its_input():
+    G, m, z = GeneratorV2(5, (64, 64), 2, 4, 4).eval(), torch.rand(1, 5, 50, 70), torch.randn(1, 4)
     whole = G(z, common.mirror_pad(m, 16, 32))[0]
-    torch.testing.assert_close(lab2pix.translate(G, z, m), whole[..., :h, :w])
+    torch.testing.assert_close(lab2pix.translate(G, z, m), whole[..., :50, :70])
 
 
 def test_batch_norm_at_test_time():
@@ -557,18 +471,13 @@ def test_table_3_psnr_and_ssim():
     expected = [10 * np.log10(1 / ((a[n] - b[n]) ** 2).mean()) for n in range(2)]
     assert lab2pix.psnr(x, y).numpy() == pytest.approx(expected, rel=1e-9)
     line = np.exp(-(np.arange(11) - 5) ** 2 / 4.5)
-    window = np.outer(line, line) / line.sum() ** 2
-
-    def mean(t):                                 # over each window, by hand
-        windows = np.lib.stride_tricks.sliding_window_view(t, (11, 11), (1, 2))
-        return (windows * window).sum((-1, -2))
-
-    p, q = a[0], b[0]
-    mp, mq = mean(p), mean(q)
-    vp, vq, cov = mean(p * p) - mp ** 2, mean(q * q) - mq ** 2, mean(p * q) - mp * mq
+    window = torch.from_numpy(np.outer(line, line) / line.sum() ** 2)[None, None]
+    p, q = ((t[0][:, None] + 1) / 2 for t in (x, y))
+    mp, mq, pp, qq, pq = (F.conv2d(t, window) for t in (p, q, p * p, q * q, p * q))
+    vp, vq, cov = pp - mp ** 2, qq - mq ** 2, pq - mp * mq
     scores = ((2 * mp * mq + 1e-4) * (2 * cov + 9e-4)
               / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
-    assert lab2pix.ssim(x, y)[0].item() == pytest.approx(scores.mean(), rel=1e-5)
+    assert lab2pix.ssim(x, y)[0].item() == pytest.approx(scores.mean().item(), rel=1e-5)
 
 
 def test_frechet_distance():
@@ -582,30 +491,11 @@ def test_frechet_distance():
     assert lab2pix.frechet_distance(torch.tensor(p), torch.tensor(p)) == pytest.approx(0, abs=1e-9)
 
 
-# --------------------------------------------------------------------------- Runs, by command line
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "run"
     works("lab2pix", f"{LINES['lab2pix-full']} --steps 3 --out {out}")
     return out
-
-
-def test_evaluate_writes_the_papers_metrics_also_into_a_new_folder(run, small_scorer):
-    text = works("lab2pix", f"evaluate --checkpoint {run}/checkpoint.pt --out new/folder --limit 3")
-    metrics = json.loads(Path("new/folder/metrics.json").read_text())
-    assert -1 <= metrics["SSIM"] <= 1 and metrics["PSNR"] > 0 and metrics["VGG distance"] > 0
-    assert "0.936 0.738 0.646 45.500" in " ".join(text.split())
-
-
-def test_outputs_are_grey_where_the_photos_of_training_were(run):
-    content = torch.load(run / "checkpoint.pt", weights_only=True)
-    content["config"]["understood"]["image"] = {"grey": True, "span": None}
-    torch.save(content, "grey.pt")
-    label_map("a.png", 64, 64)
-    works("lab2pix", "sample --checkpoint grey.pt --input a.png --instances a.png --output o.png")
-    shades = np.asarray(Image.open("o.png").convert("RGB")).astype(int)
-    assert not np.ptp(shades, -1).any() and np.ptp(shades) > 0
 
 
 def test_released_is_the_middle_column_of_the_table():

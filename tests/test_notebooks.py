@@ -14,6 +14,9 @@ from conftest import SCRIPTS
 from nbclient import NotebookClient
 from PIL import Image
 
+sys.path.insert(0, str(SCRIPTS / "notebooks"))
+from helpers import code_of, made_from  # noqa: E402
+
 each_notebook = pytest.mark.parametrize(
     "path", sorted((SCRIPTS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 
@@ -126,8 +129,6 @@ def test_it_runs_from_a_fresh_kernel_and_the_answers_are_right(path, execution):
 @each_notebook
 def test_its_outputs_were_made_from_the_scripts_weights_and_cells_of_now(path):
     """`python notebooks/helpers.py` executes the notebooks, and stores what this compares."""
-    sys.path.insert(0, str(SCRIPTS / "notebooks"))
-    from helpers import made_from
     notebook = read(path)
     stored, now = notebook.metadata.get("made_from", {}), made_from(notebook)
     names = sorted(stored.keys() | now.keys())
@@ -136,8 +137,6 @@ def test_its_outputs_were_made_from_the_scripts_weights_and_cells_of_now(path):
 
 
 def test_a_changed_comment_or_docstring_is_no_change_and_a_changed_number_is():
-    sys.path.insert(0, str(SCRIPTS / "notebooks"))
-    from helpers import code_of
     text = '"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return f"{x + 1} a"     # a sum\n'
     assert code_of(text) == code_of(text.replace("Doc", "Text").replace("# a sum", ""))
     assert code_of(text) != code_of(text.replace("1", "2"))

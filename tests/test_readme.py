@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import NAMES, SCORER, SCRIPTS, TINY, label_map, save, torchrun, works
+from conftest import NAMES, SCORER, SCRIPTS, TINY, label_map, torchrun, works
+from test_faults import cityscapes
 
 TEXT = (SCRIPTS / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"(?:^ {4}.*\n)+", TEXT, re.MULTILINE)
@@ -14,24 +14,9 @@ COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.sp
 pytestmark = pytest.mark.usefixtures("draw_each_street_once", "small_scorer")
 
 
-def small_cityscapes(root: Path) -> None:
-    """DIR: five photos to train on and two to test, with labels and instances."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 5), ("val", 2)):
-        for i in range(n):
-            ids = np.kron(rng.choice([7, 8, 11, 21, 23, 24, 26], (4, 4)), np.ones((16, 16), int))
-            for name, image in (
-                    (f"leftImg8bit/{split}/a/a_{i}_leftImg8bit.png",
-                     rng.integers(0, 256, (64, 64, 3), np.uint8)),
-                    (f"gtFine/{split}/a/a_{i}_gtFine_labelIds.png", ids.astype(np.uint8)),
-                    (f"gtFine/{split}/a/a_{i}_gtFine_instanceIds.png",
-                     np.where(ids > 23, 1000 * ids, ids).astype(np.uint16))):
-                save(root / name, image)
-
-
 def filled_in(name: str, words: str) -> str:
     """With a real folder where the README has DIR, and little to do: argparse takes the last."""
-    words = words.replace("DIR", "data").replace("notebooks", f"{SCRIPTS}/notebooks")
+    words = words.replace("DIR", "city").replace("notebooks", f"{SCRIPTS}/notebooks")
     mode = (words.split() or ["train"])[0]
     if mode.startswith("--") and "--resume" not in words:
         return f"{words} {TINY[name + '-V1' * ('V1' in words)]} --steps 2"
@@ -44,7 +29,7 @@ def filled_in(name: str, words: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_of_a_script_runs(name):
     """In the README's order, in one folder, as somebody would who types them all."""
-    small_cityscapes(Path("data"))
+    cityscapes()
     label_map(Path("a.png"))
     if name == "pix2pixhd":                     # "after training"
         works(name, f"{TINY[name]} --size 128 256 --steps 2")
@@ -58,8 +43,8 @@ def test_every_command_of_a_script_runs(name):
 @pytest.mark.slow
 def test_the_command_for_several_processes_runs():
     words, = (c.split("torchrun ")[1] for c in COMMANDS if c.startswith("torchrun"))
-    small_cityscapes(Path("data"))
-    words = words.replace("--nproc_per_node=4 ", "").replace("DIR", "data").replace(
+    cityscapes()
+    words = words.replace("--nproc_per_node=4 ", "").replace("DIR", "city").replace(
         "pix2pix.py", f"{SCRIPTS}/pix2pix.py")             # two are enough
     result = torchrun(f"{words} {TINY['pix2pix']} --batch-size 1 --steps 2")
     assert result.returncode == 0, result.stderr
