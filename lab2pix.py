@@ -190,8 +190,9 @@ TRAIN, SAMPLE, BEFORE = ("train",), ("sample",), ("train", "check", "trace")    
 
 # ---------------------------------------------------------------------------------- 1 Config
 
-# Settings that one version knows; in the other they are off or 0.
-V1_ALONE, V2_ALONE = ("short", "pg", "lambda_3", "lambda_4"), ("edges", "lambda_5", "lambda_6")
+# Settings that one version knows, and what they are in the other.
+V1_ALONE = {"short": False, "pg": False, "lambda_3": 0, "lambda_4": 0}
+V2_ALONE = {"edges": False, "first": "noise", "lambda_5": 0, "lambda_6": 0}
 
 
 @dataclass
@@ -281,8 +282,8 @@ class Config:
         """Ranges first, then contradictions. Flags, presets and stored configs all pass here."""
         check_settings(self)
         v1 = self.version == "V1"
-        for name in V2_ALONE if v1 else V1_ALONE:
-            if getattr(self, name):
+        for name, off in (V2_ALONE if v1 else V1_ALONE).items():
+            if getattr(self, name) != off:
                 raise UserError(f"{flag(name)}: not in --version {self.version}")
         if self.task == "sketch" and (not v1 or self.T != 1):
             raise UserError("--task sketch: for --version V1, with --T 1: no foreground")

@@ -455,6 +455,8 @@ crn("needs noise, which a CRN has not", ("train with (--model imle)",
 crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([image("x/a.png",
     ids()), image("x/b.png", ids(64, 64))], f"transfer {RUN} --input x --output o"))
 lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
+lab("{}: not in --version {}", (r"not in (--version) V1", "{line} {0} V2"),
+    f"{C} --version V1 --first label")
 lab("--task sketch: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
     (photos(64, "trainA", "trainB", "testA"), "check --data x --out o --task sketch"))
 lab("they need --pg", ("need (--pg)",), f"{C} --version V1 --no-pg")
