@@ -635,21 +635,17 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 
 # ------------------------------------------------------------------------------ 6 Evaluation
 
-# The paper's numbers, all on Cityscapes: per-pixel accuracy, per-class accuracy, class IOU.
-TABLES = {
-    "labels2photo": {
-        "Table 1": {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
-                    "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17),
-                    "ground truth": (.80, .26, .21)},
-        "Table 2, batches of 10": {
-            "encoder-decoder, L1": (.35, .12, .08), "unet, L1": (.48, .18, .13),
-            "encoder-decoder, L1+cGAN": (.29, .09, .05), "unet, L1+cGAN": (.55, .20, .14)},
-        "Table 3": {"1 x 1": (.39, .15, .10), "16 x 16": (.65, .21, .17),
-                    "70 x 70": (.66, .23, .17), "286 x 286": (.42, .16, .11)}},
-    "photo2labels": {
-        "Table 6": {"L1": (.86, .42, .35), "cGAN": (.74, .28, .22), "L1+cGAN": (.83, .36, .29)}}}
-FIGURE_7 = {"L1": (.81, .69, .70), "cGAN": (.87, .74, .84), "L1+cGAN": (.86, .84, .82),
-            "PixelGAN": (.83, .68, .78)}        # histogram intersection with the truth: L, a, b
+PAPER = """The paper's, on Cityscapes and by another scorer: compare orderings.
+Histogram intersection, L, a, b
+  Fig. 7d  L1 .81 .69 .70    cGAN .87 .74 .84    L1+cGAN .86 .84 .82    PixelGAN .83 .68 .78
+Labels to photo: per-pixel accuracy, per-class accuracy, class IOU
+  Table 1  L1 .42 .15 .11    GAN .22 .05 .01    cGAN .57 .22 .16
+           L1+GAN .64 .20 .15    L1+cGAN .66 .23 .17    true photos .80 .26 .21
+  Table 2  encoder-decoder: L1 .35 .12 .08    L1+cGAN .29 .09 .05    (batches of 10)
+           U-Net: L1 .48 .18 .13    L1+cGAN .55 .20 .14
+  Table 3  patch 1 .39 .15 .10    16 .65 .21 .17    70 .66 .23 .17    286 .42 .16 .11
+Photo to labels
+  Table 6  L1 .86 .42 .35    cGAN .74 .28 .22    L1+cGAN .83 .36 .29"""
 
 XYZ = [[0.4124564, 0.3575761, 0.1804375],       # linear sRGB to CIE XYZ, D65
        [0.2126729, 0.7151522, 0.0721750],
@@ -712,26 +708,26 @@ def evaluate(cfg: Config, state: State) -> dict:
     """
     generator, out = test_time(state, cfg), Path(cfg.out)
     test_set = dataset(cfg, "test").require("image").require(NEEDED.get(cfg.task))
-    table, scorer, l1, tiles = test_set.table, None, [], []
+    scored, table, scorer = cfg.task in ("labels2photo", "photo2labels"), test_set.table, None
+    histograms, confusion, l1, tiles = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}, [], []
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
         test_set.require_scored()
         photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
         device = next(generator.parameters()).device
         scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
-    histograms, confusion = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
         pair, y_hat, views = example(generator, test_set[i], state, cfg)
         l1.append(l1_loss(y_hat, pair["image"]).item())
         tiles.append(torch.cat([*views.values()]).cpu())
         for row in histograms:
             histograms[row] += colour_histograms(views[row]).cpu()
-            if cfg.task in TABLES:
+            if scored:
                 labels = (scorer(views[row]).argmax(1) if scorer else
                           nearest_colour(views[row], table))
                 confusion[row] += common.confusion_matrix(labels, pair["label"], table).cpu()
     lab = histogram_intersection(histograms["output"], histograms["truth"]).tolist()
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1), "histogram intersection": lab}
-    if cfg.task in TABLES:
+    if scored:
         metrics |= {row: common.segmentation_scores(n) for row, n in confusion.items()}
     report(metrics, cfg)
     worst = sorted(range(len(l1)), key=lambda i: -l1[i])[:8]                          # Fig. 21
@@ -742,20 +738,16 @@ def evaluate(cfg: Config, state: State) -> dict:
 
 
 def report(metrics: dict, cfg: Config) -> None:
-    """The metrics, and below them the paper's. Its data and scorer are others: compare orderings.
-    """
-    ours = f"this run: {cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}"
-    tables = {"histogram intersection: L, a, b": {ours: metrics["histogram intersection"]},
-              "paper, Cityscapes, Fig. 7d": FIGURE_7}
+    """The metrics, and below them the paper's."""
+    rows = {"histogram intersection: L, a, b": metrics["histogram intersection"]}
     if "output" in metrics:                     # the task and the data know label maps
-        tables["segmentation: per-pixel accuracy, per-class accuracy, class IOU"] = {
-            ours: metrics["output"].values(), "the truth, scored alike": metrics["truth"].values()}
-        tables |= {f"paper, Cityscapes, {name}": rows for name, rows in TABLES[cfg.task].items()}
-    print(f"{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
-    for title, rows in tables.items():
-        print(title)
-        for name, values in rows.items():
-            print(f"    {name:46}" + "".join(f"{v:8.3f}" for v in values))
+        rows |= {"per-pixel accuracy, per-class accuracy, class IOU": metrics["output"].values(),
+                 "of the truth, scored alike": metrics["truth"].values()}
+    print(f"{cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}; {metrics['images']} test "
+          f"images; L1 {metrics['L1']:.4f} for values in [-1, 1]")
+    for name, values in rows.items():
+        print(f"    {name:52}" + "".join(f"{v:8.3f}" for v in values))
+    print(PAPER)
 
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:

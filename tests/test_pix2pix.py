@@ -598,7 +598,7 @@ def test_tables_1_to_3_and_figure_7_beside_the_papers(small_scorer):
     metrics = json.loads(Path("r/metrics.json").read_text())
     assert 0 < metrics["L1"] < 2
     assert all(0 <= v <= 1.001 for v in metrics["histogram intersection"])
-    assert "0.650 0.210 0.170" in text and "0.800 0.260 0.210" in text    # patch 16, ground truth
+    assert "16 .65 .21 .17" in text and "true photos .80 .26 .21" in text
     assert Path("r/worst.png").exists()
 
 
@@ -608,7 +608,7 @@ def test_table_6_photo_to_labels_by_nearest_colour():
     text = " ".join(works("pix2pix", "evaluate --out r --limit 2").split())
     metrics = json.loads(Path("r/metrics.json").read_text())
     assert all(v == 1 for v in metrics["truth"].values())
-    assert metrics["output"]["per-pixel acc"] < 1 and "0.860 0.420 0.350" in text
+    assert metrics["output"]["per-pixel acc"] < 1 and "Table 6 L1 .86 .42 .35" in text
     picture("p.png", 32, 40)
     works("pix2pix", "sample --out r --input p.png --output o.png")
     ids = common.read_label(Path("o_ids.png"), common.class_table("streets"))
