@@ -341,9 +341,8 @@ class Generator(nn.Module):
                  noise_channels: int = 0, encoder_width: int = 100):
         super().__init__()
         self.outputs, self.multiple = outputs, 2 ** (modules - 1)
-        self.encoder = None
-        if noise_channels and encoder_width:
-            self.encoder = NoiseEncoder(classes, noise_channels, encoder_width)
+        self.encoder = (NoiseEncoder(classes, noise_channels, encoder_width)
+                        if noise_channels and encoder_width else None)
         self.refine, c = nn.ModuleList(), 0                      # c: channels of F_(i-1)
         shares = (1, 1, 1, 1, 1, 1 / 2, 1 / 2, 1 / 8, 1 / 32)    # 1024 512 128 32  (Sec. 3.3.1)
         for share in shares[:modules]:
@@ -708,22 +707,18 @@ def rarity_scores(colours: Tensor) -> Tensor:
     return torch.where(there, torch.where(scores.isinf(), lowest, scores), 0.0)
 
 
-def largest_classes(rarity: Tensor, areas: Tensor) -> Tensor:
-    """The five classes of the largest area over the training set, among those that have scores."""
-    usable = torch.where(rarity.sum(0) > 0, areas, 0.0)
-    return usable.topk(min(5, int((usable > 0).sum()))).indices
-
-
 def populate(rarity: Tensor, areas: Tensor, cfg: Config, epoch: int) -> Tensor:
     """Alg. 1, line 3: S, |S| numbers of photos (Sec. 3.4), drawn with replacement.
 
-    A fifth of S goes to each of the five largest classes, and within it P(k) is proportional to
-    R_q(k). Without bins all images are equal.
+    A fifth of S goes to each of the five classes of the largest area over the training set, among
+    those that have scores, and within it P(k) is proportional to R_q(k). Without bins all images
+    are equal.
     """
     generator = torch.Generator().manual_seed(mixed(cfg.seed, epoch, 0))
     weights = (rarity.sum(1, keepdim=True) > 0).double()                             # (N, 1)
     if cfg.rebalance in ("both", "bins"):
-        weights = rarity[:, largest_classes(rarity, areas)]                          # (N, 5)
+        areas = torch.where(rarity.sum(0) > 0, areas, 0.0)
+        weights = rarity[:, areas.topk(min(5, int((areas > 0).sum()))).indices]      # (N, 5)
     cdf = (weights / weights.sum(0)).cumsum(0).T.contiguous()                        # (5, N)
     draws = torch.rand(cfg.pool, dtype=torch.float64, generator=generator)
     S = torch.zeros(cfg.pool, dtype=torch.int64)
@@ -755,11 +750,11 @@ def search(state: State, train_set: common.Dataset, cfg: Config, epoch: int) -> 
     found = torch.zeros(cfg.pool, cfg.candidates, dtype=torch.float64)
     for i in tqdm(range(rank, cfg.pool, world), "search", leave=False, disable=rank > 0 or None):
         k = int(chosen[i, 0])                                                         # line 4
-        pair = test_pair(train_set[k] | {"numbers": [k]}, state, cfg)
+        seeds = [mixed(cfg.seed, epoch, i, j) for j in range(cfg.candidates)]         # line 5
+        pair = test_pair(train_set[k] | {"numbers": [k], "seeds": seeds}, state, cfg)
         real = features(state.vgg, pair["image"])
         for j in range(0, cfg.candidates, SEARCH_BATCH):
-            z = torch.stack([draw_noise(mixed(cfg.seed, epoch, i, n), cfg, cfg.size, real[0].device)
-                             for n in range(j, min(j + SEARCH_BATCH, cfg.candidates))])   # line 5
+            z = pair["noise"][j:j + SEARCH_BATCH]
             L = pair["input"].expand(len(z), -1, -1, -1)
             fake = features(state.vgg, state.generator(L, z)[:, 0])                   # line 6
             found[i, j:j + len(z)] = distance(real, fake, pair["mask"], state.balance.weights)
@@ -945,14 +940,13 @@ def five(items: common.Dataset, state: State, cfg: Config) -> list[dict]:
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
     """Layout | up to six samples | truth, of five test examples, a row each. Returns the samples
     (n, 3, H, W)."""
-    rows, drawn = [], []
+    rows, n = [], how_many(cfg, 6)
     for pair in five(test_set, state, cfg):
-        drawn.append(draw(state, pair, cfg, own_seeds(pair, cfg, how_many(cfg, 6))))
-        rows.append(torch.cat([colours_of(pair, cfg), drawn[-1]]))
-        if "image" in pair:
-            rows[-1] = torch.cat([rows[-1], pair["image"].cpu()])
+        truth = [pair["image"].cpu()] if "image" in pair else []
+        made = draw(state, pair, cfg, own_seeds(pair, cfg, n))
+        rows.append(torch.cat([colours_of(pair, cfg), made, *truth]))
     save_images(torch.cat(rows), path, len(rows[0]))
-    return torch.cat(drawn)
+    return torch.cat([row[1:n + 1] for row in rows])
 
 
 def layouts(cfg: Config, size: tuple[int, int] | None) -> common.Dataset:

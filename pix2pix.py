@@ -341,17 +341,17 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.conditional = conditional
         halvings = PATCHES[patch]                           # 0: the PixelGAN, C64-C128 of 1 x 1
-        kernel = dict(kernel_size=4, padding=1) if halvings else dict(kernel_size=1)
-        c = width
-        layers = [nn.Conv2d(c_x + c_y if conditional else c_y, c, stride=2 if halvings else 1,
-                            **kernel), nn.LeakyReLU(0.2)]   # no BatchNorm on the first (Sec. 6.1.2)
-        for i in range(1, max(halvings, 1) + 1):            # C128-C256-C512
-            c_in, c = c, width * min(2 ** i, 8)
-            layers += [nn.Conv2d(c_in, c, stride=2 if i < halvings else 1, bias=False, **kernel),
-                       BatchNorm(c), nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(c, 1, bias=halvings > 0, **kernel)]       # its sigmoid is in the loss
-        self.layers = nn.Sequential(*layers)
-        self.apply(initialise)
+        kernel, pad = (4, 1) if halvings else (1, 0)
+        c = [width * min(2 ** i, 8) for i in range(max(halvings, 1) + 1)]   # C64-C128-C256-C512
+        self.layers = nn.Sequential()
+        for i, c_in in enumerate([c_x + c_y if conditional else c_y, *c[:-1]]):
+            stride = 2 if i < halvings else 1
+            self.layers.append(nn.Conv2d(c_in, c[i], kernel, stride, pad, bias=i == 0))
+            if i > 0:                                       # no BatchNorm on the first (Sec. 6.1.2)
+                self.layers.append(BatchNorm(c[i]))
+            self.layers.append(nn.LeakyReLU(0.2))
+        self.layers.append(nn.Conv2d(c[-1], 1, kernel, 1, pad, bias=halvings > 0))   # the logits:
+        self.apply(initialise)                              # their sigmoid is in the loss
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.layers(torch.cat([x, y], 1) if self.conditional else y)
@@ -585,20 +585,26 @@ def to_rgb(value: Tensor, pair: dict, cfg: Config) -> Tensor:
     return value.expand(-1, 3, -1, -1) if value.shape[1] == 1 else value
 
 
+def example(generator: Generator, item: dict, state: State, cfg: Config,
+            k: int = 0) -> tuple[dict, Tensor, dict[str, Tensor]]:
+    """One item of a dataset: its pair, y_hat with the k-th draw of its own noise, and the pictures
+    of both and of the truth, where it is known."""
+    pair = test_pair(item, state, cfg)
+    torch.manual_seed(draw_seed(cfg.seed, pair["name"], k))        # the same in every call
+    y_hat = translate(generator, pair["input"])
+    views = {"input": pair["input"], "output": y_hat, "truth": pair.get("image")}
+    return pair, y_hat, {name: to_rgb(view, pair, cfg) for name, view in views.items()
+                         if view is not None}
+
+
 def sample_grid(state: State, cfg: Config, test_set: common.Dataset, path: Path) -> Tensor:
     """Input | output | truth of six test examples, evenly spread, two a row. Returns the outputs
     (6, 3, H, W)."""
-    generator, tiles, outputs, n = test_time(state, cfg), [], [], min(6, len(test_set))
-    for i in range(n):
-        pair = test_pair(test_set[i * len(test_set) // n], state, cfg)
-        torch.manual_seed(draw_seed(cfg.seed, pair["name"]))       # the same noise in every grid
-        y_hat = translate(generator, pair["input"])
-        outputs.append(to_rgb(y_hat, pair, cfg).cpu())
-        tiles += [to_rgb(pair["input"], pair, cfg).cpu(), outputs[-1]]
-        if "image" in pair:
-            tiles.append(to_rgb(pair["image"], pair, cfg).cpu())
-    save_images(torch.cat(tiles), path, nrow=6 if "image" in pair else 4)
-    return torch.cat(outputs)
+    generator, n = test_time(state, cfg), min(6, len(test_set))
+    rows = [example(generator, test_set[i * len(test_set) // n], state, cfg)[2] for i in range(n)]
+    tiles = [view.cpu() for views in rows for view in views.values()]
+    save_images(torch.cat(tiles), path, nrow=2 * len(rows[0]))
+    return torch.cat([views["output"] for views in rows]).cpu()
 
 
 def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Path:
@@ -618,11 +624,9 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
     else:
         items = dataset(cfg, "test").require(NEEDED.get(cfg.task))
     for item, paths in common.outputs(items, cfg.input, target, cfg.samples):
-        pair = test_pair(item, state, cfg)
         for k, path in enumerate(paths):
-            torch.manual_seed(draw_seed(cfg.seed, pair["name"], k))
-            y_hat = translate(generator, pair["input"])
-            save_images(to_rgb(y_hat, pair, cfg), path)
+            _, y_hat, views = example(generator, item, state, cfg, k)
+            save_images(views["output"], path)
             if cfg.task == "photo2labels":
                 ids = nearest_colour(y_hat, class_table(cfg.classes))[0].cpu().numpy()
                 common.save_picture(ids.astype(np.uint8), path.with_name(f"{path.stem}_ids.png"))
@@ -631,19 +635,17 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 
 # ------------------------------------------------------------------------------ 6 Evaluation
 
-# The paper's numbers, all on Cityscapes: per-pixel accuracy, per-class accuracy, class IOU.
-TABLES = {
-    "Table 1": {"L1": (.42, .15, .11), "GAN": (.22, .05, .01), "cGAN": (.57, .22, .16),
-                "L1+GAN": (.64, .20, .15), "L1+cGAN": (.66, .23, .17),
-                "ground truth": (.80, .26, .21)},
-    "Table 2, batches of 10": {
-        "encoder-decoder, L1": (.35, .12, .08), "unet, L1": (.48, .18, .13),
-        "encoder-decoder, L1+cGAN": (.29, .09, .05), "unet, L1+cGAN": (.55, .20, .14)},
-    "Table 3": {"1 x 1": (.39, .15, .10), "16 x 16": (.65, .21, .17), "70 x 70": (.66, .23, .17),
-                "286 x 286": (.42, .16, .11)}}
-TABLE_6 = {"L1": (.86, .42, .35), "cGAN": (.74, .28, .22), "L1+cGAN": (.83, .36, .29)}
-FIGURE_7 = {"L1": (.81, .69, .70), "cGAN": (.87, .74, .84), "L1+cGAN": (.86, .84, .82),
-            "PixelGAN": (.83, .68, .78)}        # histogram intersection with the truth: L, a, b
+PAPER = """The paper's, on Cityscapes and by another scorer: compare orderings.
+Histogram intersection, L, a, b
+  Fig. 7d  L1 .81 .69 .70    cGAN .87 .74 .84    L1+cGAN .86 .84 .82    PixelGAN .83 .68 .78
+Labels to photo: per-pixel accuracy, per-class accuracy, class IOU
+  Table 1  L1 .42 .15 .11    GAN .22 .05 .01    cGAN .57 .22 .16
+           L1+GAN .64 .20 .15    L1+cGAN .66 .23 .17    true photos .80 .26 .21
+  Table 2  encoder-decoder: L1 .35 .12 .08    L1+cGAN .29 .09 .05    (batches of 10)
+           U-Net: L1 .48 .18 .13    L1+cGAN .55 .20 .14
+  Table 3  patch 1 .39 .15 .10    16 .65 .21 .17    70 .66 .23 .17    286 .42 .16 .11
+Photo to labels
+  Table 6  L1 .86 .42 .35    cGAN .74 .28 .22    L1+cGAN .83 .36 .29"""
 
 XYZ = [[0.4124564, 0.3575761, 0.1804375],       # linear sRGB to CIE XYZ, D65
        [0.2126729, 0.7151522, 0.0721750],
@@ -707,25 +709,22 @@ def evaluate(cfg: Config, state: State) -> dict:
     generator, out = test_time(state, cfg), Path(cfg.out)
     test_set = dataset(cfg, "test").require("image").require(NEEDED.get(cfg.task))
     scored, table, scorer = cfg.task in ("labels2photo", "photo2labels"), test_set.table, None
+    histograms, confusion, l1, tiles = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}, [], []
     if cfg.task == "labels2photo":              # trained once, and kept beside the runs
         test_set.require_scored()
         photos = dataset(cfg, "train", limit=0, jitter=False)      # as large as those it judges
         device = next(generator.parameters()).device
         scorer = common.fcn_scorer(photos, out.parent, device, cfg.vgg)
-    histograms, confusion = {"output": 0, "truth": 0}, {"output": 0, "truth": 0}
-    l1, tiles = [], []
     for i in tqdm(range(len(test_set)), desc="evaluate", unit="image", disable=None):
-        pair = test_pair(test_set[i], state, cfg)
-        torch.manual_seed(draw_seed(cfg.seed, pair["name"]))
-        y_hat = translate(generator, pair["input"])
+        pair, y_hat, views = example(generator, test_set[i], state, cfg)
         l1.append(l1_loss(y_hat, pair["image"]).item())
-        views = {"output": to_rgb(y_hat, pair, cfg), "truth": to_rgb(pair["image"], pair, cfg)}
-        tiles.append(torch.cat([to_rgb(pair["input"], pair, cfg), *views.values()]).cpu())
-        for row, view in views.items():
-            histograms[row] += colour_histograms(view).cpu()
+        tiles.append(torch.cat([*views.values()]).cpu())
+        for row in histograms:
+            histograms[row] += colour_histograms(views[row]).cpu()
             if scored:
-                found = scorer(view).argmax(1) if scorer else nearest_colour(view, table)
-                confusion[row] += common.confusion_matrix(found, pair["label"], table).cpu()
+                labels = (scorer(views[row]).argmax(1) if scorer else
+                          nearest_colour(views[row], table))
+                confusion[row] += common.confusion_matrix(labels, pair["label"], table).cpu()
     lab = histogram_intersection(histograms["output"], histograms["truth"]).tolist()
     metrics = {"images": len(l1), "L1": sum(l1) / len(l1), "histogram intersection": lab}
     if scored:
@@ -739,21 +738,16 @@ def evaluate(cfg: Config, state: State) -> dict:
 
 
 def report(metrics: dict, cfg: Config) -> None:
-    """The metrics, and below them the paper's. Its data and scorer are others: compare orderings.
-    """
-    ours = f"this run: {cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}"
-    tables = {"histogram intersection: L, a, b": {ours: metrics["histogram intersection"]},
-              "paper, Cityscapes, Fig. 7d": FIGURE_7}
+    """The metrics, and below them the paper's."""
+    rows = {"histogram intersection: L, a, b": metrics["histogram intersection"]}
     if "output" in metrics:                     # the task and the data know label maps
-        tables["segmentation: per-pixel accuracy, per-class accuracy, class IOU"] = {
-            ours: metrics["output"].values(), "the truth, scored alike": metrics["truth"].values()}
-        papers = {"Table 6": TABLE_6} if cfg.task == "photo2labels" else TABLES
-        tables |= {f"paper, Cityscapes, {name}": rows for name, rows in papers.items()}
-    print(f"{metrics['images']} test images, L1 {metrics['L1']:.4f} for values in [-1, 1]")
-    for title, rows in tables.items():
-        print(title)
-        for name, values in rows.items():
-            print(f"    {name:46}" + "".join(f"{v:8.3f}" for v in values))
+        rows |= {"per-pixel accuracy, per-class accuracy, class IOU": metrics["output"].values(),
+                 "of the truth, scored alike": metrics["truth"].values()}
+    print(f"{cfg.generator}, {cfg.loss}, {cfg.patch} x {cfg.patch}; {metrics['images']} test "
+          f"images; L1 {metrics['L1']:.4f} for values in [-1, 1]")
+    for name, values in rows.items():
+        print(f"    {name:52}" + "".join(f"{v:8.3f}" for v in values))
+    print(PAPER)
 
 
 def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:

@@ -463,8 +463,8 @@ def test_learning_rate_is_the_sheets_rule(options):
     cfg, runs = Config(**options), {}
     stages = pix2pixhd.plan(cfg)
     for epoch in range(sum(stage.epochs for stage in stages)):
-        k, over = pix2pixhd.stage_at(stages, epoch)
-        runs.setdefault(stages[k].level, []).append(pix2pixhd.learning_rate(cfg, stages[k], over))
+        stage = stages[pix2pixhd.stage_at(stages, epoch)]
+        runs.setdefault(stage.level, []).append(pix2pixhd.learning_rate(cfg, stage, epoch))
     for level, rates in runs.items():
         total = sum(cfg.enhancer_epochs) if level else cfg.epochs
         n, m = total - total // 2, total // 2
