@@ -75,12 +75,9 @@ TABLES = {
     "pix2pixhd-boundary": of("pix2pixhd", "preferred %", ("apart", *SEEN), HD, {      # of cars
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
     "imle-1": of("crn_imle", "variance", ("variance", "colours", "times", "Frechet"), IMLE, {
-        "CRN, untrained": ("--model crn --steps 1", None),
-        "CRN, 800": ("--model crn --steps 800", None),
-        "CRN, 3200": ("--model crn --epochs 4 --lr-drop 3", 2.87),
-        "IMLE, untrained": ("--steps 1", None), "IMLE, 800": ("--steps 800", None),
-        "IMLE, 3200": ("--epochs 4 --lr-drop 3", 3.42)}),
-    "imle-rebalancing": of("crn_imle", "-", ("snow", "times", "variance"), IMLE, {      # Sec. 3.4
+        "CRN": ("--model crn --epochs 4 --lr-drop 3", 2.87),
+        "IMLE": ("--epochs 4 --lr-drop 3", 3.42)}),
+    "imle-rebalancing": of("crn_imle", "", ("snow", "times", "variance"), IMLE, {      # Sec. 3.4
         "without": ("--epochs 4 --lr-drop 3", None),
         "with": ("--epochs 4 --lr-drop 3 --rebalance both", None)}),
     "lab2pix-1": of("lab2pix", "FID", ("Frechet", "sharp", "colours"), LAB2PIX + " --version V1", {
@@ -165,16 +162,16 @@ def finish(script: str, command: str, out: Path, gpu: int) -> None:
     try:
         importlib.import_module(script).main([*words, "--out", str(out), "--gpu", str(gpu)])
     except common.UserError as error:
-        if "finished at step" not in str(error):
+        if "ended at step" not in str(error):
             raise
 
 
 def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace) -> dict:
-    """The measures of a command's run, kept beside it; trained if they are not there."""
+    """The measures of a command's run, which are kept beside it; trained if need be."""
     out = Path(options.out, f"{table.script}-{zlib.crc32(command.encode()):08x}")
     kept = out / "table.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    if kept.exists() and set(table.measures) <= set(found := json.loads(kept.read_text())):
+        return found
     with rival_in_place(command):
         finish(table.script, command, out, options.gpu)
         if set(table.measures) <= set(benchmark.COLUMNS):
@@ -184,8 +181,8 @@ def values_of(table: SimpleNamespace, command: str, options: argparse.Namespace)
             importlib.import_module(table.script).main(
                 ["evaluate", "--out", str(out), "--gpu", str(options.gpu)])
             found = json.loads((out / "metrics.json").read_text())["output"]
-        kept.write_text(json.dumps({m: found[m] for m in table.measures}, allow_nan=False))
-    return json.loads(kept.read_text())
+        kept.write_text(json.dumps({m: v for m, v in found.items() if v == v}, allow_nan=False))
+    return found
 
 
 def goodness(measure: str, value: float) -> float:
@@ -207,7 +204,8 @@ def show(name: str, values: dict, half: dict | None = None) -> None:
     """The table and its orders; beside each what it was in runs half as long, if it was another."""
     table = TABLES[name]
     print(f"\n{name}, {table.script}.py {table.flags}")
-    print(f"{'':26}{'paper, ' + table.paper:>20}" + "".join(f"{m:>18}" for m in table.measures))
+    head = ", ".join(filter(None, ("paper", table.paper)))
+    print(f"{'':26}{head:>20}" + "".join(f"{m:>18}" for m in table.measures))
     for row, (_, paper) in table.rows.items():
         cells = [f"{spread([v[m] for v in values[row]]):>18}" for m in table.measures]
         print(f"{row:26}{'-' if paper is None else paper:>20}" + "".join(cells))

@@ -111,6 +111,9 @@ def test_a_table_trains_each_row_once_and_goes_on(tmp_path, monkeypatch, capsys)
     assert len(re.findall(r"L1\+cGAN over L1: IoU (?:holds|falls|within)", said)) == 2
     assert len(re.findall(r"L1\+cGAN over cGAN: class IOU (?:holds|falls|within)", said)) == 1
     assert len(re.findall(r"^L1\+cGAN +0\.66 +0\.\d+ ± 0\.\d+", said, re.MULTILINE)) == 2
+    next(tmp_path.glob("pix2pix-*/table.json")).unlink()               # trained, but not judged
+    tables.main()
+    assert capsys.readouterr().out.endswith(said[said.index("\none, pix2pix"):][-400:])
 
 
 def test_runs_are_compared_with_half_as_long_ones(capsys, monkeypatch):
