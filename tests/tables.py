@@ -70,7 +70,8 @@ TABLES = {
         "GAN+FM+VGG": ("--loss GAN+FM+VGG", 50)}),
     "pix2pixhd-discriminators": of("pix2pixhd", "IoU", ("IoU", *SEEN), HD, {
         "one": ("--scales 1", .578), "three": ("", .639)}),
-    "pix2pixhd-generators": of("pix2pixhd", "IoU", ("IoU", *SEEN), HD, {
+    "pix2pixhd-generators": of("pix2pixhd", "IoU", ("IoU", "sharp", "colours"), HD.replace(
+        "small", "random"), {
         "U-Net": ("--rival unet", .391), "CRN": ("--rival crn", .399), "G1": ("", .639)}),
     "pix2pixhd-boundary": of("pix2pixhd", "preferred %", ("apart", *SEEN), HD, {      # of cars
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
