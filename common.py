@@ -511,8 +511,9 @@ def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
         if path.is_file():                          # Windows begins a text with a mark
             utf16 = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
             text = path.read_text("utf-16" if utf16 else "utf-8-sig", errors="replace")
-            paths = [Path(line.strip().replace("\\", "/")) for line in text.splitlines()]
-            stems = {p.name if p.name in keys else key_of(p, "label") for p in paths} - {""}
+            paths = [Path(line.replace("\\", "/").strip()) for line in text.splitlines()]
+            stems = {key_of(p if p.suffix.lower() in SUFFIXES else Path(f"{p.name}.png"), "label")
+                     for p in paths if p.name}
             listed["train" if name == "train" else "test"] = stems
             if stems - set(keys):
                 notice(f"{path}: {len(stems - set(keys))} of {len(stems)} entries name no file: "
@@ -2496,5 +2497,5 @@ def save_file(content: dict, path: Path) -> None:
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:    # torch makes a full disk a RuntimeError
         beside.unlink(missing_ok=True)
-        why = error.__context__ or error
+        why = error if isinstance(error, OSError) else "a full disk, perhaps"
         raise UserError(f"{path}: cannot be written ({why}); the last good one is kept")

@@ -256,12 +256,11 @@ def test_streets_are_the_dataset_without_a_folder():
     (dict(train="0 3 4", test="1 2"), [0, 3, 4], [1, 2]), (dict(train="0 3 4"), [0, 3, 4], [1, 2]),
     (dict(test="1 2"), [0, 3, 4], [1, 2]), (dict(train="0 2 9", val="1 2"), [0, 2], [1])])
 def test_split_lists_are_obeyed_and_never_overlap(lists, trained, tested, tmp_path, capsys):
-    """Windows begins a UTF-8 text with a mark, which is no part of the first name, or writes UTF-16.
-    """
+    """Windows begins a UTF-8 text with a mark, no part of the first name, or writes UTF-16."""
     lay_out(tmp_path, "images and labels", range(5))
     for name, numbers_of in lists.items():
-        entry, kind = {"train": ("v1.{:05}", "utf-8-sig")}.get(name, (r"a\v1.{:05}_label.png", "utf-16"))
-        text = "".join(f"{entry.format(int(k))}\r\n\r\n" for k in numbers_of.split())
+        entry, kind = ("{}", "utf-8-sig") if name == "train" else (r"a\{}_label.png", "utf-16")
+        text = "".join(entry.format(f"v1.{int(k):05}") + "\r\n\r\n" for k in numbers_of.split())
         (tmp_path / f"{name}.txt").write_bytes(text.encode(kind))
     for split, want in (("train", trained), ("test", tested)):
         assert numbers(Dataset(str(tmp_path), split), "images and labels") == want

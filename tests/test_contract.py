@@ -40,7 +40,7 @@ quick_first = pytest.mark.parametrize("row", [
 # -------------------------------------------------------------------------------- What a script is
 
 # Lines of code: today's numbers. The design's goal: 620, 940, 860, 1000, and 1380 in common.py.
-LINES = {"pix2pix": 693, "pix2pixhd": 1010, "crn_imle": 910, "lab2pix": 1170, "common": 1800}
+LINES = {"pix2pix": 692, "pix2pixhd": 1009, "crn_imle": 909, "lab2pix": 1169, "common": 1801}
 ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Evaluation",
          "7 The run", "8 Command line and the authors' files"]
 
