@@ -1849,7 +1849,7 @@ class Run:
                 notice(f"no pictures at step {self.loader.step}: {error}")
         last, alive = out / "checkpoint.pt", out / "alive.pt"
         if dead and last.exists() and not alive.exists():
-            common.save_file(common.load_file(last, "remove it"), alive)
+            common.save_file(common.load_file(last, "a new run"), alive)
             self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
                            f"saturated. {alive} is the last before; try a smaller --lr anew")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
