@@ -26,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import functools
+import glob
 import itertools
 import math
 import pickle
@@ -90,7 +91,7 @@ class Within:
         return f"{self.low} or more" if self.high == math.inf else f"{self.low}..{self.high}"
 
 
-COUNT, POSITIVE = Within(0), Within(1)
+COUNT, POSITIVE, SEED = Within(0), Within(1), Within(0, 10 ** 18)
 
 
 def setting(default, text: str, choices: tuple | Within | dict | None = None,
@@ -179,6 +180,8 @@ def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
         raise UserError(f"{strange[0]}: no such flag; --help lists all")
     if mode not in modes:
         raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
+    if given.get("resume") and "init" in given:
+        raise UserError("--init begins a run, --resume goes on with one; leave one of them out")
     for f in flags(settings):
         known = f.metadata["modes"] or modes
         if f.name in given and mode not in known:
@@ -409,6 +412,7 @@ LAYOUTS = [
     FolderLayout("CamVid", {"label": "{}annot/**/*", "image": "{}/**/*"}, classes="camvid"),
     FolderLayout("images and labels", {"label": "labels/*", "image": "images/*"},
                  classes="cityscapes"),            # GTA-5 lies so, and many a set of one's own
+    FolderLayout("images and labels", {"label": "labels/{}/**/*", "image": "images/{}/**/*"}),
     FolderLayout("CMP Facades", {"label": "base/*.png", "image": "base/*.jpg"}, classes="facades"),
     FolderLayout("unpaired", {"A": "{}A/**/*", "B": "{}B/**/*"}),
     FolderLayout("A and B folders", {"A": "A/{}/**/*", "B": "B/{}/**/*"}),
@@ -428,17 +432,18 @@ def key_of(path: Path, role: str) -> str:
 
 
 def find(root: Path, pattern: str, role: str) -> dict[str, Path]:
-    """Files by key. Folders that "**" stands for are a part of it."""
+    """Files by key. Folders that "**" stands for are a part of it, links to folders among them."""
     folder, (stem, _, ending), found = root / pattern.partition("*")[0], pattern.partition("."), {}
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder}: may not be read; check its permissions")
     # Cityscapes' maps lie side by side in several forms, of which one is meant: it comes first.
     meant = "_instanceIds" if role == "instance" else "_labelIds"
-    paths, endings = root.glob(f"{stem}.*"), {f".{ending}"} if ending.isalpha() else SUFFIXES
+    # Hidden files and folders are left out: macOS leaves "._name.png".
+    paths = [root / name for name in glob.glob(f"{stem}.*", root_dir=root, recursive=True)]
+    endings = {f".{ending}"} if ending.isalpha() else SUFFIXES
     for path in sorted(paths, key=lambda path: (not path.stem.endswith(meant), path)):
         inner = path.relative_to(folder) if "**" in pattern else Path(path.name)
-        hidden = any(part.startswith(".") for part in inner.parts)       # macOS leaves "._name.png"
-        if hidden or path.suffix.lower() not in endings or not path.is_file():
+        if path.suffix.lower() not in endings or not path.is_file():
             continue
         key = (inner.parent / key_of(path, role)).as_posix()
         if key in found and not found[key].stem.endswith(meant):
@@ -503,9 +508,12 @@ def split_keys(root: Path, keys: list[str], split: str) -> list[str]:
     listed = {}
     for name in ("val", "test", "train"):           # test.txt goes before val.txt
         path = root / f"{name}.txt"
-        if path.is_file():                          # "-sig": Windows begins a text with a mark
-            lines = path.read_text("utf-8-sig", errors="replace").splitlines()
-            stems = {Path(line.strip()).stem for line in lines if line.strip()}
+        if path.is_file():                          # Windows begins a text with a mark
+            utf16 = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+            text = path.read_text("utf-16" if utf16 else "utf-8-sig", errors="replace")
+            paths = [Path(line.replace("\\", "/").strip()) for line in text.splitlines()]
+            stems = {key_of(p if p.suffix.lower() in SUFFIXES else Path(f"{p.name}.png"), "label")
+                     for p in paths if p.name}
             listed["train" if name == "train" else "test"] = stems
             if stems - set(keys):
                 notice(f"{path}: {len(stems - set(keys))} of {len(stems)} entries name no file: "
@@ -534,6 +542,8 @@ def opened(path: Path, role: str) -> Iterator[tuple[Image.Image, str]]:
             stored_bands = image.tag_v2.get(277, bands) if image.format == "TIFF" else bands
             if role in IDS:
                 kinds, cure = MAPS, "8-bit grey PNG"
+            elif kind in DEEP and "transparency" in image.info:
+                kind += " with transparency"
             if kind not in kinds or stored_bands > bands or image.format != "PNG" and (
                     role in IDS or kind == "RGB;16"):
                 raise UserError(f"{path}: {image.format} of kind {kind}, {stored_bands} bands: as "
@@ -696,8 +706,8 @@ def input_files(source: str, role: str, instances: str | None = None) -> list[di
     """
     root, there = Path(source), Path(instances or "")
     paths = [root] if not root.is_dir() else [
-        path for path in sorted(root.iterdir())
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+        path for path in sorted(root.glob("[!.]*"))
+        if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not paths:
         raise UserError(f"--input {source}: a folder without images (folders in it are not read)")
     if len({path.stem for path in paths}) < len(paths):
@@ -725,7 +735,8 @@ def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | N
 
     No output and no run lies in a folder that is read, or below one, where it would be read as a
     part of the data (`reads`: such folders, and single files). own: the names of a run's files, of
-    which its folder may hold some already; None: `path` is a picture, and one of ours is replaced.
+    which its folder may hold some already; None: `path` is a picture, and one of ours is replaced,
+    or a folder for pictures.
     """
     there = path.resolve()
     if not reads.isdisjoint({there, *there.parents}):
@@ -734,9 +745,18 @@ def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | N
         each.name for each in path.glob("*") if each.name not in own and each.suffix != ".tmp")
     if strange:
         raise UserError(f"{option} {path}: holds {', '.join(strange[:4])}; name a new folder")
-    if own is None and path.exists() and not made_here(path):
+    if own is None and path.is_file() and path.stat().st_size and not made_here(path):
         raise UserError(f"{option} {path}: exists, and is no picture of ours; name another place")
     return path
+
+
+def at_home(given: dict, checkpoint: Path) -> dict:
+    """The settings with --out, the folder of the run that left the checkpoint. One that holds
+    another run is refused."""
+    here, there = checkpoint.parent, Path(given.get("out", checkpoint.parent))
+    if (there / "checkpoint.pt").exists() and not there.samefile(here):
+        raise UserError(f"--out {there}: holds another run; name a new folder")
+    return {"out": str(here)} | given if checkpoint.name == "checkpoint.pt" else given
 
 
 def made_here(path: Path) -> bool:
@@ -758,6 +778,8 @@ def outputs(items: "Dataset", source: str, target: Path,
     places = [[target] if single and target.suffix else
               [target / f"{name}{ending}" for ending in endings] for name in items.names]
     reads = items.reads | ({Path(source).resolve()} if source else set())
+    if source and items.found not in ("", items.classes):
+        notice(f"--input {source}: looks like labels of {items.found}, read as {items.classes}")
     for path in itertools.chain(*places):
         writable("--output", path, reads)
     places[0][0].parent.mkdir(parents=True, exist_ok=True)
@@ -880,7 +902,11 @@ class Dataset(torch.utils.data.Dataset):
         if 0 < len(deep) < len(kinds):
             raise UserError(f"{deep[0]}: more than 8 bit per pixel; {(kinds.keys() - deep).pop()} "
                             "has 8; save all alike")
-        if any(key in self.understood for key in self.keys_of(role)):
+        known = [self.understood[key] for key in self.keys_of(role) if key in self.understood]
+        if known and bool(known[0]["span"]) != bool(deep):
+            raise UserError(f"{some[0]}: {'over ' * bool(deep)}8 bit per pixel, unlike what was "
+                            f"trained on; save as {8 if deep else 16} bit")
+        if known:
             return
         ends = [float(end) for v in map(read_photo, deep) for end in (v.min(), v.max())]
         span = [min(ends), max(ends)] if ends else None
@@ -930,7 +956,7 @@ class Dataset(torch.utils.data.Dataset):
         """Folders of data, also of those that were trained on, and files that are read alone."""
         alone = [] if self.data else [path for files in self.files if isinstance(files, dict)
                                       for path in files.values()]
-        return {Path(path).resolve() for path in (*alone, *self.understood.get("folders", ()))}
+        return {path.resolve() for path in alone} | reads_of(self.understood)
 
     def require_scored(self) -> "Dataset":
         """Itself, if a class that counts occurs in its label maps: a score of none is no number."""
@@ -1024,6 +1050,11 @@ def drawn_street(index: int, size: tuple[int, int]) -> dict[str, Tensor]:
     return {"label": torch.from_numpy(drawn["label"].astype(np.uint8)),
             "instance": torch.from_numpy(drawn["instance"].astype(np.int32)),
             "image": torch.from_numpy(drawn["image"]).permute(2, 0, 1)}
+
+
+def reads_of(understood: dict) -> set[Path]:
+    """The folders of data of a set as `understood`."""
+    return {Path(path).resolve() for path in understood.get("folders", ())}
 
 
 def spread(paths: list[Path], n: int) -> list[Path]:
@@ -1297,6 +1328,7 @@ def save_picture(array: np.ndarray, path: Path) -> None:
     """(H, W, 3), or grey (H, W), uint8, to a file that says that it is ours: see `writable`."""
     about = PngInfo()
     about.add_text("Software", OURS)
+    writable("picture", path, set())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path, pnginfo=about, comment=OURS)
@@ -1374,7 +1406,7 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
         if tiles:
             width = max(t.shape[-1] for t in tiles)
             tiles = [F.pad(t, (0, width - t.shape[-1]), value=1) for t in tiles]
-            path = out / f"contact_{dataset.split}.png"
+            path = writable("--out", out / f"contact_{dataset.split}.png", dataset.reads)
             save_images(torch.stack(tiles), path, nrow=4)
             print(f"    contact sheet: {path}")
     for error in bad[:20]:
@@ -2463,6 +2495,7 @@ def save_file(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:    # torch makes a full disk a RuntimeError
         beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); the last good one is kept")
+        why = error if isinstance(error, OSError) else "a full disk, perhaps"
+        raise UserError(f"{path}: cannot be written ({why}); the last good one is kept")

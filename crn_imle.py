@@ -112,7 +112,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -187,7 +186,7 @@ class Config:
     lr: float = setting(1e-5, "eta, Adam's, Sec. 4.2; without --init 1e-4", Within(1e-9, 0.9))
     lr_drop: int = setting(0, "from this epoch on a tenth of lr; 0: never. Released: 6", COUNT)
     released: bool = setting(False, "imle: a new encoder at --lr-drop; crn: lambda at epoch 100")
-    seed: int = setting(0, "of initialisation, order and noise", COUNT, free="test")
+    seed: int = setting(0, "of initialisation, order and noise", common.SEED, free="test")
     init: tuple[str, ...] = setting((), "a crn's or an imle's weights", modes=TRAIN, free="call")
     # The machine. Nothing below here changes what training computes, but for rounding. Several
     # processes (torchrun) share the search and average their gradients; the batch is then
@@ -672,6 +671,8 @@ def survey(train_set: common.Dataset, cfg: Config) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(c, 3, dtype=torch.float64).index_add_(0, layout, image)
         colours[k] = sums / area[:, None]
         areas += area
+    if not areas.any():
+        raise UserError(f"--data {cfg.data}: each photo is of one colour, which teaches nothing")
     return colours, areas
 
 
@@ -1175,8 +1176,10 @@ def evaluate(cfg: Config, state: State) -> dict:
             l1.append(best_of(made, pair["image"].cpu())[1])
             k, _ = best_of(made[:9], pair["image"].cpu())
             save_images(made[k][None], out / "best" / f"{pair['name']}.png")
-    metrics = {"layouts": len(test_set), "samples": n, "best-of-n l1": sum(l1) / max(len(l1), 1),
+    metrics = {"layouts": len(test_set), "samples": n,
                "Table 1": summarise(variances, areas, names)}
+    if l1:                                      # there are photos to compare with
+        metrics["best-of-n l1"] = sum(l1) / len(l1)
     report(metrics)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
     return metrics
@@ -1201,7 +1204,8 @@ def report(metrics: dict) -> None:
     for name, value in metrics["Table 1"].items():
         values = (100 * value, *TABLE_1.get(name, ()))
         print(f"  {name:20}" + "".join(f"{value:12.4g}" for value in values))
-    print("\nbest-of-{samples} l1 to the photo, on [0, 1]: {best-of-n l1:.4f}".format(**metrics))
+    if "best-of-n l1" in metrics:
+        print("\nbest-of-{samples} l1 to the photo: {best-of-n l1:.4f}".format(**metrics))
 
 
 # -------------------------------------------------------------------------------- 7 The run
@@ -1300,13 +1304,13 @@ class Run:
             load(state, stored, cfg.out, everything=True)
             loader.load_state_dict(stored["place"])
             self.log = stored["log"]
-        elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
-            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
-        else:
+        if not cfg.out or not Path(cfg.out, "checkpoint.pt").exists():
             common.writable("--out", Path(cfg.out or f"runs/{NAME}"),
                             loader.examples.reads | test_set.reads, ("samples",))
+        elif not stored:
+            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
-            raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
+            raise UserError(f"the run ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
             cfg = replace(cfg, out=run_folder(cfg.out, NAME))
@@ -1386,7 +1390,7 @@ class Run:
                 notice(f"no pictures at step {self.loader.step}: {error}")
         last, alive = out / "checkpoint.pt", out / "alive.pt"
         if dead and last.exists() and not alive.exists():
-            shutil.copyfile(last, alive)
+            common.save_file(common.load_file(last, "a new run"), alive)
             self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
                            f"saturated. {alive} is the last before; try a smaller --lr anew")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
@@ -1424,10 +1428,11 @@ def plot_log(log: list[dict], out: Path) -> None:
     figure.savefig(out / "losses.png", dpi=120)
 
 
-def run_folder(out: str, kind: str) -> str:
-    """--out, or else the next free runs/<kind>-N; made."""
+def run_folder(out: str, kind: str, reads: set[Path] = frozenset()) -> str:
+    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read."""
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
+    common.writable("--out", path, reads)
     path.mkdir(parents=True, exist_ok=bool(out))
     if not os.access(path, os.W_OK):
         raise UserError(f"--out {path}: may not be written; name another --out")
@@ -1468,6 +1473,9 @@ def run_mode(mode: str, cfg: Config, state: State, given: dict) -> None:
         if cfg.input and not items.size and len(items.sizes) > 1 and mode in ("video", "transfer"):
             raise UserError(f"{mode} needs layouts of one size; give --size H W")
         if mode == "video" and not cfg.input:
+            if cfg.classes != "streets":
+                raise UserError("video drives a car of the built-in streets, which have other "
+                                "classes; name a folder of label maps with --input")
             items = moving_car(cfg)
         make = {"interpolate": interpolate, "transfer": transfer, "edit": edit, "video": video}
         make[mode](replace(cfg, output=str(path)), state, items)
@@ -1516,8 +1524,7 @@ def main(arguments: list[str] | None = None) -> None:
         stored, path = read_weights(*paths), " ".join(map(str, paths))
         if not given.keys() & {"out", "checkpoint"}:
             notice(f"the newest run with a checkpoint is {newest.parent}")
-        if Path(paths[0]).name == newest.name:  # it lies in its run's folder
-            given = {"out": str(Path(paths[0]).parent)} | given
+        given = common.at_home(given, Path(paths[0]))
         cfg = stored_config(stored, path, given, testing)
     elif "checkpoint" in given:
         raise UserError("--checkpoint goes with --resume here; --init starts a run from weights")
@@ -1525,7 +1532,7 @@ def main(arguments: list[str] | None = None) -> None:
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
     if testing:
         if not cfg.output:                      # of weights that lie in no run's folder: a new one
-            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME, common.reads_of(cfg.understood)))
         cfg = for_testing(cfg)
         state = build(cfg, pick_device(cfg))
         load(state, stored, path)

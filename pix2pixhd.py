@@ -103,7 +103,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -185,7 +184,7 @@ class Config:
     steps: int = setting(0, "end after so many updates; 0: epochs decide", COUNT, free="resume")
     batch_size: int = setting(1, "images per step and process; released code", POSITIVE)
     lr: float = setting(2e-4, "Adam's, all networks; arXiv", Within(1e-9, 0.9))
-    seed: int = setting(0, "of initialisation, order, flips and styles", COUNT, free="test")
+    seed: int = setting(0, "of initialisation, order, flips and styles", common.SEED, free="test")
     init: tuple[str, ...] = setting((), "begin with these weights: ours, or the authors'",
                                     modes=TRAIN, free="call")
     # The machine
@@ -1403,13 +1402,13 @@ class Run:
             load(state, stored, cfg.out, everything=True)
             loader.load_state_dict(stored["place"])
             self.log = stored["log"]
-        elif cfg.out and Path(cfg.out, "checkpoint.pt").exists():
-            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
-        else:
+        if not cfg.out or not Path(cfg.out, "checkpoint.pt").exists():
             common.writable("--out", Path(cfg.out or f"runs/{NAME}"),
                             loader.examples.reads | test_set.reads, ("samples",))
+        elif not stored:
+            raise UserError(f"--out {cfg.out}: holds a run already; --resume continues it")
         if loader.step >= loader.total:
-            raise UserError(f"{cfg.out}: ended at step {loader.step}; raise --epochs or --steps")
+            raise UserError(f"the run ended at step {loader.step}; raise --epochs or --steps")
         if loader.rank == 0:                    # nothing is left to refuse: there may be a folder
             common.describe(loader.examples, test_set)
             cfg = replace(cfg, out=run_folder(cfg.out, NAME))
@@ -1489,7 +1488,7 @@ class Run:
                 notice(f"no pictures at step {self.loader.step}: {error}")
         last, alive = out / "checkpoint.pt", out / "alive.pt"
         if dead and last.exists() and not alive.exists():
-            shutil.copyfile(last, alive)
+            common.save_file(common.load_file(last, "a new run"), alive)
             self.bar.write(f"step {self.loader.step} looks dead: D's loss 0, or outputs equal or "
                            f"saturated. {alive} is the last before; try a smaller --lr anew")
         common.save_file({name: value.state_dict() if hasattr(value, "state_dict") else value
@@ -1527,10 +1526,11 @@ def plot_log(log: list[dict], out: Path) -> None:
     figure.savefig(out / "losses.png", dpi=120)
 
 
-def run_folder(out: str, kind: str) -> str:
-    """--out, or else the next free runs/<kind>-N; made."""
+def run_folder(out: str, kind: str, reads: set[Path] = frozenset()) -> str:
+    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read."""
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
+    common.writable("--out", path, reads)
     path.mkdir(parents=True, exist_ok=bool(out))
     if not os.access(path, os.W_OK):
         raise UserError(f"--out {path}: may not be written; name another --out")
@@ -1661,8 +1661,7 @@ def main(arguments: list[str] | None = None) -> None:
         stored, path = read_weights(*paths), " ".join(map(str, paths))
         if not given.keys() & {"out", "checkpoint"}:
             notice(f"the newest run with a checkpoint is {newest.parent}")
-        if Path(paths[0]).name == newest.name:  # it lies in its run's folder
-            given = {"out": str(Path(paths[0]).parent)} | given
+        given = common.at_home(given, Path(paths[0]))
         cfg = stored_config(stored, path, given, testing)
     elif "checkpoint" in given:
         raise UserError("--checkpoint goes with --resume here; --init starts a run from weights")
@@ -1670,7 +1669,7 @@ def main(arguments: list[str] | None = None) -> None:
         cfg = configure(given.get("preset", "" if given.get("data") else "toy"), given)
     if testing:
         if not cfg.output:                      # of weights that lie in no run's folder: a new one
-            cfg = replace(cfg, out=run_folder(cfg.out, NAME))
+            cfg = replace(cfg, out=run_folder(cfg.out, NAME, common.reads_of(cfg.understood)))
         cfg = for_testing(cfg)
         state = build(cfg, pick_device(cfg))
         load(state, stored, path)

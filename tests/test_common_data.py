@@ -118,7 +118,7 @@ CASES = {  # layout: classes, {role: path}, raw label of example k, names of the
     "CamVid": ("camvid", {"label": "{s}annot/{k}.png", "image": "{s}/{k}.jpg"}, 0,
                ("train", "test"), "0001TP_{:06d}"),
     "images and labels": ("cityscapes", {
-        "label": "labels/{k}.png", "image": "images/{k}.jpg"}, 0, ("", ""), "{:05d}"),
+        "label": "labels/{k}_label.png", "image": "images/{k}.jpg"}, 0, ("", ""), "v1.{:05d}"),
     "CMP Facades": ("facades", {"label": "base/{k}.png", "image": "base/{k}.jpg"}, 1, ("", ""),
                     "cmp_b{:04d}"),
     "unpaired": ("", {"A": "{s}A/{k}.jpg", "B": "{s}B/{k}.png"}, 0, ("train", "test"), "n{}"),
@@ -256,23 +256,28 @@ def test_streets_are_the_dataset_without_a_folder():
     (dict(train="0 3 4", test="1 2"), [0, 3, 4], [1, 2]), (dict(train="0 3 4"), [0, 3, 4], [1, 2]),
     (dict(test="1 2"), [0, 3, 4], [1, 2]), (dict(train="0 2 9", val="1 2"), [0, 2], [1])])
 def test_split_lists_are_obeyed_and_never_overlap(lists, trained, tested, tmp_path, capsys):
-    """Windows begins a UTF-8 text with a mark (EF BB BF), which is no part of the first name."""
+    """Windows begins a UTF-8 text with a mark, no part of the first name, or writes UTF-16."""
     lay_out(tmp_path, "images and labels", range(5))
     for name, numbers_of in lists.items():
-        text = "".join(f"{int(k):05}.png\r\n" for k in numbers_of.split())
-        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        entry, kind = ("{}", "utf-8-sig") if name == "train" else (r"a\{}_label.png", "utf-16")
+        text = "".join(entry.format(f"v1.{int(k):05}") + "\r\n\r\n" for k in numbers_of.split())
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(kind))
     for split, want in (("train", trained), ("test", tested)):
         assert numbers(Dataset(str(tmp_path), split), "images and labels") == want
     said = capsys.readouterr().out
-    assert ("train.txt: 1 of 3 entries name no file: 00009" in said) == ("val" in lists)
+    assert ("train.txt: 1 of 3 entries name no file: v1.00009" in said) == ("val" in lists)
     assert ("1 files of both lists" in said) == ("val" in lists)
 
 
 def test_a_folder_per_sequence_is_a_part_of_the_name(tmp_path):
+    """Also one that is a link."""
     for sequence, k in itertools.product(("one", "two"), range(2)):
         for side in "AB":
             save(tmp_path / f"train_{side}" / sequence / f"{k}.png", photo(k + 6 * (side == "B")))
     save(tmp_path / "train_A" / ".hidden" / "0.png", photo(0))
+    for side in "AB":
+        (tmp_path / f"train_{side}" / "two").rename(tmp_path / side)
+        (tmp_path / f"train_{side}" / "two").symlink_to(tmp_path / side)
     dataset = Dataset(str(tmp_path))
     assert dataset.names == ["one/0", "one/1", "two/0", "two/1"]
     assert numbers(dataset, "pix2pixHD pairs") == [0, 1, 0, 1]
@@ -693,7 +698,9 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path):
     with refused("--output", foreign, "no picture of ours"):
         next(common.outputs(items, "", out, 1))          # before the first is written
     assert foreign.read_bytes() == before and len(list(out.iterdir())) == 1
-    foreign.unlink()
+    with refused(foreign, "no picture of ours"):
+        common.save_images(torch.zeros(1, 3, 8, 8), foreign)
+    foreign.write_bytes(b"")                             # of a killed process
     for _ in range(2):                                   # our own are replaced
         for item, (path,) in common.outputs(items, "", out, 1):
             common.save_images(item["image"][None], path)
