@@ -20,6 +20,7 @@ import io
 import math
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -66,7 +67,6 @@ SMALL = {
                               enhancers=0, width=16, d_width=32, features=3, scales=2),
     "pix2pixhd-joint": case("pix2pixhd", 35, theirs=(3.07, 5.54, 415),
                             size=(256, 512), width=32, d_width=32),
-    "pooling": case("pix2pixhd", 0, "pooling", (0.36, 0.57, math.nan), size=(512, 1024)),
     "crn_imle": case("crn_imle", 20, **IMLE),
     "crn_imle-search": case("crn_imle", 20, "search", pool=1, **IMLE),
     "spade": case("lab2pix", 35, theirs=(2.71, 5.04, 393), ablation="A_s", **V2),
@@ -107,10 +107,10 @@ def configure(name: str, options: argparse.Namespace):
     script = importlib.import_module(this.script)
     given = this.settings | dict(vgg="imagenet", precision=options.precision, gpu=options.gpu,
                                  channels_last=options.channels_last or None)
-    if not options.quick:
-        common.read_vgg = full_vgg
     if options.quick:
         given |= tiny(script, 128 if "v1" in name or "v2-h" in name else 64)    # S needs more
+    else:
+        common.read_vgg = full_vgg
     cfg = script.configure(given.pop("preset", ""), given)
     empty = range(len(streets.names), this.classes)
     common.TABLES["streets"] = replace(
@@ -137,11 +137,6 @@ def batch_of(script, train_set, cfg, device: torch.device) -> dict:
 def work_of(name: str, script, cfg, device: torch.device):
     """What is to be timed, as a function without arguments."""
     train_set, what = script.dataset(cfg, "train"), CASES[name].what
-    if what == "pooling":                       # forward and backward over 6 x 7 objects
-        h, w = cfg.size
-        region = (torch.arange(h) * 6 // h)[:, None] * 7 + torch.arange(w) * 7 // w
-        region, z = region[None].to(device), torch.randn(1, 3, h, w, device=device)
-        return lambda: script.instance_average(z.requires_grad_(), region).backward(z.detach())
     state = script.build(cfg, device)
     if what == "search":                        # cfg.pool photos, each with its m candidates
         state.photos = script.Photos(len(train_set), cfg)
@@ -194,13 +189,9 @@ def measure(name: str, options: argparse.Namespace) -> SimpleNamespace:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has held at most; nan where nobody knows."""
+    """GiB that this process has held at most."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource
-    except ImportError:                         # Windows
-        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
@@ -534,11 +525,6 @@ def yardstick(paths: list[str], options: argparse.Namespace) -> None:
         line("", *COLUMNS)
         for name, (row, _) in rows.items():
             line(name[-25:], *(row.get(column, "-") for column in COLUMNS))
-        for kind in rows["photos"][1] if options.classes else ():
-            print()
-            line(kind, *(name[:9] for name in common.STREETS))
-            for name, (_, classes) in rows.items():
-                line(name[-25:], *classes[kind].tolist())
     print("\n" + "\n".join(f"{name:10} {meaning}" for name, meaning in COLUMNS.items()))
 
 
@@ -566,7 +552,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="yardstick: of each street (8)")
     parser.add_argument("--frechet", type=int, default=0, metavar="N",
                         help="yardstick: the distance, by N other streets; 500 are enough (0)")
-    parser.add_argument("--classes", action="store_true", help="yardstick: the classes one by one")
     parser.add_argument("--folder", default="runs/yardstick", metavar="DIR",
                         help="yardstick: where its judge is kept (%(default)s)")
     options = parser.parse_args()

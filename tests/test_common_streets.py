@@ -145,13 +145,6 @@ def test_styles_are_drawn_by_their_probabilities(index):
         assert chi2 < freedom + 5 * np.sqrt(2 * freedom), (group, chi2, freedom)
 
 
-def test_streets_are_drawn_by_the_law_too():
-    """Of 150 streets of the set, read off the sky: about 20 % night (5 sigma)."""
-    streets = [street(0, index, (32, 32)) for index in range(150)]
-    sky = [s["image"][s["label"] == CLASS_ID["sky"]].mean() for s in streets]
-    assert .04 < np.mean(np.array(sky) < 90) < .40
-
-
 # --------------------------------------------------------------------- the photo and its style
 
 def test_photos_are_in_range_and_rendering_changes_nothing(oracles):
