@@ -329,7 +329,7 @@ PRESETS = {
     # here than the small one, whose outputs have coloured fringes; V1 is the other way round.
     "toy": dict(size=(64, 128), limit=200, width=8, ups=4, first="label", d_norm="spectral",
                 gain=1.0, T=2.0, ramp=True, test_norm="image", vgg="random", lr=5e-4, batch_size=2,
-                epochs=4),
+                epochs=12),
     # With so few steps V1 needs more help: also the hinge loss, a smaller lambda_4, and `short`.
     "toy-V1": dict(version="V1", size=(64, 128), limit=200, width=8, ups=5, gain=1.0, short=True,
                    d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small",
