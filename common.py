@@ -28,6 +28,7 @@ import contextlib
 import functools
 import glob
 import itertools
+import json
 import math
 import pickle
 import re
@@ -735,8 +736,8 @@ def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | N
 
     No output and no run lies in a folder that is read, or below one, where it would be read as a
     part of the data (`reads`: such folders, and single files). own: the names of a run's files, of
-    which its folder may hold some already; None: `path` is a picture, and one of ours is replaced,
-    or a folder for pictures.
+    which its folder may hold some already; None: `path` is a picture or a file of scores, and one
+    of ours is replaced, or a folder for them.
     """
     there = path.resolve()
     if not reads.isdisjoint({there, *there.parents}):
@@ -746,7 +747,7 @@ def writable(option: str, path: Path, reads: set[Path], own: tuple[str, ...] | N
     if strange:
         raise UserError(f"{option} {path}: holds {', '.join(strange[:4])}; name a new folder")
     if own is None and path.is_file() and path.stat().st_size and not made_here(path):
-        raise UserError(f"{option} {path}: exists, and is no picture of ours; name another place")
+        raise UserError(f"{option} {path}: exists, and is none of ours; name another place")
     return path
 
 
@@ -760,9 +761,16 @@ def at_home(given: dict, checkpoint: Path) -> dict:
 
 
 def made_here(path: Path) -> bool:
+    if path.suffix == ".json":
+        return OURS in path.read_text(errors="replace")
     with contextlib.suppress(UserError), opened(path, "image") as (image, _):
         return OURS in str(image.info)
     return False
+
+
+def save_scores(scores: dict, path: Path) -> None:
+    """What evaluate found, in a file that says that it is ours: see `writable`."""
+    path.write_text(json.dumps({"by": OURS} | scores, indent=2, allow_nan=False))
 
 
 def outputs(items: "Dataset", source: str, target: Path,

@@ -1181,7 +1181,7 @@ def evaluate(cfg: Config, state: State) -> dict:
     if l1:                                      # there are photos to compare with
         metrics["best-of-n l1"] = sum(l1) / len(l1)
     report(metrics)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    common.save_scores(metrics, out / "metrics.json")
     return metrics
 
 
@@ -1429,10 +1429,13 @@ def plot_log(log: list[dict], out: Path) -> None:
 
 
 def run_folder(out: str, kind: str, reads: set[Path] = frozenset()) -> str:
-    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read."""
+    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read, nor where
+    files of others have the names of ours; a run's own folder has none."""
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
-    common.writable("--out", path, reads)
+    names = () if (path / "checkpoint.pt").exists() else ("metrics.json", "histograms.png")
+    for each in (path, *map(path.joinpath, names)):
+        common.writable("--out", each, reads)
     path.mkdir(parents=True, exist_ok=bool(out))
     if not os.access(path, os.W_OK):
         raise UserError(f"--out {path}: may not be written; name another --out")

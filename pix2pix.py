@@ -732,7 +732,7 @@ def evaluate(cfg: Config, state: State) -> dict:
     worst = sorted(range(len(l1)), key=lambda i: -l1[i])[:8]                          # Fig. 21
     save_images(torch.cat([tiles[i] for i in worst]), out / "worst.png", nrow=6)
     plot_histograms(histograms, out / "histograms.png")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    common.save_scores(metrics, out / "metrics.json")
     return metrics
 
 
@@ -757,7 +757,7 @@ def plot_histograms(histograms: dict[str, Tensor], path: Path) -> None:
             axes.semilogy(torch.arange(-109.5, 110), h[c] / h[c].sum(), style, label=row)
         axes.set(xlabel="Lab"[c], ylabel="P", xlim=(0, 100) if c == 0 else (-60, 60))
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": common.OURS})
 
 
 # -------------------------------------------------------------------------------- 7 The run
@@ -981,10 +981,13 @@ def plot_log(log: list[dict], out: Path) -> None:
 
 
 def run_folder(out: str, kind: str, reads: set[Path] = frozenset()) -> str:
-    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read."""
+    """--out, or else the next free runs/<kind>-N; made, but not in a folder that is read, nor where
+    files of others have the names of ours; a run's own folder has none."""
     numbered = (Path("runs", f"{kind}-{n}") for n in itertools.count(1))
     path = Path(out) if out else next(path for path in numbered if not path.exists())
-    common.writable("--out", path, reads)
+    names = () if (path / "checkpoint.pt").exists() else ("metrics.json", "histograms.png")
+    for each in (path, *map(path.joinpath, names)):
+        common.writable("--out", each, reads)
     path.mkdir(parents=True, exist_ok=bool(out))
     if not os.access(path, os.W_OK):
         raise UserError(f"--out {path}: may not be written; name another --out")

@@ -695,10 +695,10 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path):
     out = tmp_path / "out"
     foreign = save(out / f"{items.names[1]}.png", photo(1))
     before = foreign.read_bytes()
-    with refused("--output", foreign, "no picture of ours"):
+    with refused("--output", foreign, "none of ours"):
         next(common.outputs(items, "", out, 1))          # before the first is written
     assert foreign.read_bytes() == before and len(list(out.iterdir())) == 1
-    with refused(foreign, "no picture of ours"):
+    with refused(foreign, "none of ours"):
         common.save_images(torch.zeros(1, 3, 8, 8), foreign)
     foreign.write_bytes(b"")                             # of a killed process
     for _ in range(2):                                   # our own are replaced

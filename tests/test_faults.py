@@ -401,9 +401,11 @@ faults("lies in what is read", (r"(--out\w*) \S+: lies in .* another place", "{l
 faults("holds {}; name a new folder", ("name a new folder", "{line} --out y"), (put("o/notes.txt",
        "mine"), f"{T} --out o", "notes.txt"), (put("o/log.csv", "mine"), "--resume --steps 3 "
        f"{RUN} --out o", "log.csv"))
-faults("is no picture of ours", ("name another place", "{line} --output y.png"), (image("o.png",
+faults("is none of ours", ("name another place", "{line} --output y.png"), (image("o.png",
        photo()), f"sample {RUN} {ONE} --output o.png"))
-faults("is no picture of ours", ("name another place", "{line} --out y"), (put("r", "mine"), T),
+crn("is none of ours", ("name another place", "{line} --out y"), (put("r/metrics.json", "{}"),
+    f"evaluate {RUN} --out r --limit 1 --samples 2"))
+faults("is none of ours", ("name another place", "{line} --out y"), (put("r", "mine"), T),
        (image("doctor/contact_train.png", photo()), C))
 faults("one file for several images", ("name a folder", "{line} --output o"),
        f"sample {RUN} {IN} --output o.png")

@@ -352,8 +352,7 @@ def large_weights(*nets: nn.Module | None) -> None:
     ids=lambda changes: "-".join(map(str, changes.values())))
 def test_eq_4_train_step_is_the_releases_step(changes):
     """Two steps of Adam: the same losses, gradients and weights, with and without E. D's two terms
-    are halved, G's is not; D "does not maximize" Eq. (3). Of a random VGG the first layer weighs
-    most."""
+    are halved, G's is not; D "does not maximize" Eq. (3)."""
     cfg = tiny(lr=0.01, **changes)
     vgg = common.VGGFeatures(tuple(pix2pixhd.VGG_LAYERS), 19, "random", normalise=False,
                              width=2).double() if "VGG" in cfg.loss else None
