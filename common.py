@@ -180,7 +180,7 @@ def parse(words: list[str], settings: type, name: str, modes: tuple[str, ...],
     if strange:                                 # before the mode: its value stands there, perhaps
         raise UserError(f"{strange[0]}: no such flag; --help lists all")
     if mode not in modes:
-        raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
+        raise UserError(f"{mode}: no such mode, or a value too many; there are {', '.join(modes)}")
     if given.get("resume") and "init" in given:
         raise UserError("--init begins a run, --resume goes on with one; leave one of them out")
     for f in flags(settings):
@@ -847,7 +847,8 @@ class Dataset(torch.utils.data.Dataset):
                 notice("no test split: training examples stand in; scores say nothing of new data")
                 pairs = pair_up(root, self.layout, "train", only)
             if not pairs:
-                raise UserError(f"--data {data}: {self.layout.name} with an empty {split} split")
+                raise UserError(f"--data {data}: {self.layout.name} with an empty {split} split; "
+                                "fill it")
             self.names = list(pairs)[:limit or None]
             self.files = [{role: path for role, path in pairs[name].items()
                            if role != "instance" or instances} for name in self.names]

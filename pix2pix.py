@@ -611,7 +611,7 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
 
     An output has the size of its input; `size` resizes the inputs first. Several samples differ by
     their dropout, drawn for each image and each sample; the paper observes "only minor
-    stochasticity" (Sec. 3.1). Of photo2labels the class ids are written, too.
+    stochasticity" (Sec. 3.1). Of photo2labels the class ids are written, too, in ids/ beside them.
     """
     generator, target = test_time(state, cfg), Path(cfg.output or Path(cfg.out, "test"))
     role = {"labels2photo": "label", "colorization": "image", "inpainting": "image"}
@@ -628,7 +628,8 @@ def sample(cfg: Config, state: State, size: tuple[int, int] | None = None) -> Pa
             save_images(views["output"], path)
             if cfg.task == "photo2labels":
                 ids = nearest_colour(y_hat, class_table(cfg.classes))[0].cpu().numpy()
-                common.save_picture(ids.astype(np.uint8), path.with_name(f"{path.stem}_ids.png"))
+                there = path.parent / "ids" / f"{path.stem}.png"
+                common.save_picture(ids.astype(np.uint8), there)
     return target
 
 

@@ -195,7 +195,7 @@ faults("no {} of the same name", again, (gone("data/train_inst/1.png"), T,
 for cure in (lambda path: Path(path).unlink(), lambda path: Path(path).rename("data/new.png")):
     faults("the same example as", (FILE, cure), (image("data/train_img/0.jpg", photo()), T,
            "data/train_img/0.png"))
-faults("{} with an empty {} split", again, (gone("data/train_*"), T, "--data data", "train"))
+faults("with an empty {} split; fill it", again, (gone("data/train_*"), T, "--data data", "train"))
 faults("sizes differ (height, width)", again, (image("data/train_img/1.png", photo(40, 47)), T,
        "train_", "1.png", "47", "48"))
 pix("has no B in its {} split", "{line} --direction AtoB", (photos(32, "trainA", "trainB", "testA"),
@@ -354,7 +354,7 @@ faults("--help lists all flags", ("(--help)", "{0}"), ("{train} --lr", "--lr"),
        ("{train} --size 32", "--size"), ("{train} --precision fp64", "fp64", "bf16"))
 for line in ("--lr fast", "--width 4.5", "--gpu mps", "--limit 1e9"):
     faults("{} {}: must be {}", T, (f"{{train}} {line}", line))
-faults("no such mode", (r"there are (\w+)", "{0} {train} --steps 1"), ("trian", "trian"))
+faults("no such mode, or a value", (r"there are (\w+)", "{0} {train} --steps 1"), ("trian", "trian"))
 faults("{} goes with {}, not with {}", ("goes with (sample)", f"{{0}} {OK[7:]}"),
        "trace {train} --samples 2", only=NAMES)
 faults("{} goes with {}, not with {}", (r"goes with (train)", "{0} {train} --steps 1"),

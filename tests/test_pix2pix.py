@@ -526,5 +526,5 @@ def test_table_6_photo_to_labels_by_nearest_colour():
     assert metrics["output"]["per-pixel acc"] < 1 and "Table 6 L1 .86 .42 .35" in text
     picture("p.png", 32, 40)
     works("pix2pix", "sample --out r --input p.png --output o.png")
-    ids = common.read_label(Path("o_ids.png"), common.class_table("streets"))
+    ids = common.read_label(Path("ids/o.png"), common.class_table("streets"))
     assert ids.shape == (32, 40) and 0 <= ids.min() and ids.max() < 12
