@@ -485,9 +485,9 @@ class MultiScaleDiscriminator(nn.Module):
 
     def forward(self, s: Tensor, x: Tensor) -> list[list[Tensor]]:
         y, results = torch.cat([s, x], 1), []
-        for discriminator in reversed(self.scales[:self.used]):
+        for k, discriminator in enumerate(reversed(self.scales[:self.used])):
+            y = half(y) if k else y             # labels and image together
             results.append(discriminator(y))
-            y = half(y)                         # labels and image together
         return results
 
 
