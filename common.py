@@ -612,23 +612,27 @@ class MapContent(NamedTuple):
 
     def count(self, table: ClassTable) -> np.ndarray:
         """How many pixels have each id (channels), as the table reads them."""
-        ids = to_ids(self, table)
-        return np.bincount(ids, self.counts, table.channels).astype(np.int64)
+        return np.bincount(to_ids(self, table), self.counts, table.channels).astype(np.int64)
 
 
-def read_map(path: Path, role: str) -> tuple[np.ndarray, MapContent]:
-    """A map's values (H, W) int64, and what it holds."""
+def read_map(path: Path, role: str) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """A map's values (H, W) int64, the kind of its pixels, and the colours of a palette's indices.
+    """
     with opened(path, role) as (image, kind):
         values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-        values = values @ CODE if kind == "RGB" else values
-        counts = np.bincount(values.ravel())
-        used = colours = np.flatnonzero(counts)
-        if kind == "P":                         # -1, which is no colour, for indices beyond it
-            colours = np.reshape(image.getpalette(), (-1, 3)) @ CODE
-            colours = np.append(colours, np.full(256, -1))[used]
-        elif kind != "RGB":
-            colours = None
-        return values, MapContent(path, kind, used, counts[used], colours)
+        palette = np.reshape(image.getpalette(), (-1, 3)) @ CODE if kind == "P" else None
+        return values @ CODE if kind == "RGB" else values, kind, palette
+
+
+def content_of(path: Path) -> tuple[np.ndarray, MapContent]:
+    """A label map's values (H, W) int64, and what it holds."""
+    values, kind, palette = read_map(path, "label")
+    counts = np.bincount(values.ravel())
+    used = np.flatnonzero(counts)
+    colours = used if kind == "RGB" else None
+    if kind == "P":                             # -1, which is no colour, for indices beyond it
+        colours = np.append(palette, np.full(256, -1))[used]
+    return values, MapContent(path, kind, used, counts[used], colours)
 
 
 def read_instance(path: Path) -> Tensor:
@@ -638,7 +642,7 @@ def read_instance(path: Path) -> Tensor:
 
 def read_label(path: Path, table: ClassTable) -> Tensor:
     """A label map -> (H, W) int64 ids, each checked against the table on the CPU."""
-    values, content = read_map(path, "label")
+    values, content = content_of(path)
     id_of = np.zeros(content.values[-1] + 1, np.int64)
     id_of[content.values] = to_ids(content, table)
     return torch.from_numpy(id_of[values])
@@ -933,10 +937,10 @@ class Dataset(torch.utils.data.Dataset):
     def understand_labels(self, palettes: dict[bytes, Path]) -> None:
         """Classes by what label maps hold, unless told; one colour for each palette index."""
         paths, faults = [files["label"] for files in self.files], []
-        contents = [read_map(path, "label")[1] for path in spread(paths, self.SAMPLE)]
+        contents = [content_of(path)[1] for path in spread(paths, self.SAMPLE)]
         self.found = decide_classes(self.layout.classes, contents)
         if not self.classes and not self.found:     # counting asks more: a class may be rare
-            contents = [read_map(path, "label")[1] for path in tqdm(
+            contents = [content_of(path)[1] for path in tqdm(
                 spread(paths, 10 * self.SAMPLE), "classes", disable=None, delay=2)]
             self.classes = count_classes(contents)
         self.classes = self.classes or self.found
