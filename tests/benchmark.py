@@ -323,7 +323,6 @@ def pictures_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
                             for some in files])
 
 
-@functools.cache
 def other_streets(size: tuple[int, int], n: int) -> list[dict]:
     """Streets that nobody has trained on or chosen by."""
     return [common.street(0, 2_000_000 + i, size) for i in range(n)]
@@ -481,13 +480,16 @@ def scores(pictures: torch.Tensor, streets: list, judge: torch.nn.Module) -> tup
 
 
 @functools.cache
-def ruler(size: tuple[int, int], images: int, samples: int, folder: str, gpu: int) -> tuple:
-    """The test streets of a size with draws of their law, and the judge, trained if need be."""
+def ruler(size: tuple[int, int], images: int, samples: int, folder: str, gpu: int,
+          frechet: int) -> tuple:
+    """The test streets of a size with draws of their law; the judge, trained if need be; and for
+    the distance other streets, and what the judge sees in their photos."""
     device = torch.device("cpu") if gpu < 0 else torch.device("cuda", gpu)
     test_set = common.Dataset(split="test", size=size, limit=images)
     streets = [street_of(k, test_set[i], samples) for i, k in enumerate(test_set.files)]
-    return streets, common.fcn_scorer(common.Dataset(size=size), Path(folder), device, "random",
-                                      **JUDGE)
+    judge = common.fcn_scorer(common.Dataset(size=size), Path(folder), device, "random", **JUDGE)
+    others = other_streets(size, frechet)
+    return streets, judge, others, features(judge, photos_of(others)) if others else None
 
 
 def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> dict:
@@ -498,7 +500,8 @@ def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> d
         pictures = pictures_of(Path(path), options)
         sizes.setdefault(tuple(pictures.shape[-2:]), {})[path] = pictures
     for size, rows in sizes.items():
-        streets, judge = ruler(size, options.images, options.samples, options.folder, options.gpu)
+        streets, judge, others, photos = ruler(size, options.images, options.samples,
+                                               options.folder, options.gpu, options.frechet)
         each = lambda make: torch.stack([make(street) for street in streets])
         if law:
             rows = {"photos": each(lambda s: s.photo[None]),
@@ -507,12 +510,9 @@ def judged(paths: list[str], options: argparse.Namespace, law: bool = True) -> d
                     "median of the law": each(lambda s: s.law.median(0, True)[0]),
                     "mean colours": each(lambda s: flat(s.law.mean(0), s.label)[None])} | rows
         found[size] = {name: scores(pictures, streets, judge) for name, pictures in rows.items()}
-        if options.frechet:
-            others = other_streets(size, options.frechet)
-            photos = features(judge, photos_of(others))
-            for path in set(rows) & set(paths):
-                found[size][path][0]["Frechet"] = lab2pix.frechet_distance(
-                    features(judge, made_of(others, Path(path), options.gpu)), photos)
+        for path in set(rows) & set(paths) if others else ():
+            found[size][path][0]["Frechet"] = lab2pix.frechet_distance(
+                features(judge, made_of(others, Path(path), options.gpu)), photos)
     return found
 
 
