@@ -69,7 +69,7 @@ def rank_and_world() -> tuple[int, int]:
 @functools.cache
 def notice(text: str) -> None:
     """Print what was decided on the user's behalf, once per text."""
-    print(f"note: {text}")
+    print("note: " + text.replace("\n", r"\n"))             # a file's name may hold one
 
 
 def draw_seed(seed: int, name: str, k: int = 0) -> int:
@@ -236,7 +236,8 @@ def shell(main: Callable, name: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, EOFError, MemoryError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
+        ours = isinstance(error, UserError)     # others explain themselves in several lines
+        text = str(error).replace("\n", r"\n") if ours else str(error).partition("\n")[0]
         ended = (EOFError, ConnectionRefusedError, ConnectionResetError)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
             text = ("out of memory; a smaller --size, --width or --batch-size, or --precision "
@@ -1002,8 +1003,12 @@ class Dataset(torch.utils.data.Dataset):
         """Itself, where it has files of this kind ("image" may be B, and both halves of a pair)."""
         kinds = {"A": {"A", "pair"}, "image": {"image", "B", "pair"}}.get(role, {role, None})
         if role and not kinds & self.roles:
-            raise UserError(f"--data {self.data}: {role} files are needed, its {self.split} split "
-                            f"has only {', '.join(sorted(self.roles))}{cure and '; ' + cure}")
+            layout = next(one for one in (self.layout, *LAYOUTS[1:]) if kinds & one.roles.keys())
+            places = [glob.replace("{}", name) for glob in layout.roles.values() for name in (
+                layout.train if self.split == "train" else layout.test)]
+            raise UserError(
+                f"--data {self.data}: {role} files are needed, its {self.split} split has only "
+                f"{', '.join(sorted(self.roles))}; {cure or 'lay them out as ' + ', '.join(places)}")
         return self
 
     def find_example(self, name: str) -> dict[str, Tensor | str]:
@@ -1249,7 +1254,7 @@ class Loader:
         try:
             yield from self.batches
         except UserError as error:              # a data process wraps it in its own traceback
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+            raise UserError(str(error).rpartition("common.UserError: ")[2].strip())
 
     def speed(self) -> dict[str, str]:
         """Images per second, and the share of time spent waiting for them, since the last call."""

@@ -178,9 +178,9 @@ pix("photos only, for pix2pix.py", (r"--data (\S+): .* belong into its (train)/"
     f"{X} --task pairs"))
 faults("is not read; save as PNG", (FILE, as_png), ([put("x/train_label/0.npy"),
        image("x/train_img/0.png", photo())], "check --data x --out o"))
-faults("{} files are needed, its", again, (gone("data/*_img"), T, "--data data", "image"))
+faults("{} files are needed, its", again, (gone("data/*_img"), T, "data data", "train_img/**/*"))
 lab("{} files are needed, its", again, (gone("data/test_inst"), T, "--data data", "instance"))
-faults("{} files are needed, its", T, (photos(64, "train", "test"), X, "--data x", "label"),
+faults("{} files are needed, its", T, (photos(64, "train", "test"), X, "x", "train_label/**/*"),
        only=("crn_imle", "lab2pix"))
 pix("another --task may do without", ("(--task)", "{line} {0} pairs"), (photos(64, "train", "test"),
     f"{X} --task photo2labels"))
@@ -188,6 +188,8 @@ hd("train with --no-boundary", (r"(--no-boundary) \(and (--pool label)", "{line}
    (gone("data/test_inst"), T, "--data data", "instance"))
 hd("has no label maps with objects", (r"(--features 0)",), (photos(64, "train", "test"), X,
    "--data x"))
+faults("no {} of the same name", lambda *_: gone("data/*/*\n*")(), (image(
+       "data/train_label/new\nline.png", ids()), T, r"new\nline.png"))
 faults("no {} of the same name", again, (gone("data/train_img/4.png"), T, "data/train_label/4.png",
        "image", "1 of 5"), (gone("data/test_img/1.png"), T, "data/test_label/1.png", "image"))
 faults("no {} of the same name", again, (gone("data/train_inst/1.png"), T,
