@@ -1006,9 +1006,9 @@ class Dataset(torch.utils.data.Dataset):
             layout = next(one for one in (self.layout, *LAYOUTS[1:]) if kinds & one.roles.keys())
             places = [glob.replace("{}", name) for glob in layout.roles.values() for name in (
                 layout.train if self.split == "train" else layout.test)]
-            raise UserError(
-                f"--data {self.data}: {role} files are needed, its {self.split} split has only "
-                f"{', '.join(sorted(self.roles))}; {cure or 'lay them out as ' + ', '.join(places)}")
+            raise UserError(f"--data {self.data}: {role} files are needed, its {self.split} split "
+                            f"has only {', '.join(sorted(self.roles))}; "
+                            + (cure or f"lay them out as {', '.join(places)}"))
         return self
 
     def find_example(self, name: str) -> dict[str, Tensor | str]:
@@ -2516,4 +2516,4 @@ def save_file(content: dict, path: Path) -> None:
     except (OSError, RuntimeError) as error:    # torch makes a full disk a RuntimeError
         beside.unlink(missing_ok=True)
         why = error if isinstance(error, OSError) else "a full disk, perhaps"
-        raise UserError(f"{path}: cannot be written ({why}); the last good one is kept")
+        raise UserError(f"{path}: cannot be written ({why}); what was saved before is kept")

@@ -44,8 +44,8 @@ def of(script: str, paper: str, measures: tuple, flags: str, rows: dict, lower: 
 
 
 SEEN = ("sharp", "colours", "Frechet")
-PIX2PIX = ("--preset toy --size 64 64 --patch 16 --generator unet --epochs 12 --lr 2e-3 "
-           "--vgg random")
+PIX2PIX = ("--preset toy --size 64 64 --patch 16 --generator unet --limit 400 --epochs 12 "
+           "--lr 2e-3 --vgg random")
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --layers 1 2 2 "
       "--d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --epochs 6 --no-smooth --vgg small")
 IMLE = "--preset toy"
