@@ -166,7 +166,7 @@ def half(path: str, target: str = ""):
 # -------------------------------------------------------------------------------- Faults: data
 
 FILE = r"error: (\S+): "                                   # with which an error begins
-again = lambda *_: sound()
+again = lambda *_: (gone("data/*/*\n*")(), sound())
 faults("not a folder|no such folder", T, (put("x", "hello"), X, "--data x"), (X, "--data x"))
 faults("no known layout; looked for", (r"--data (\S+): .* train_label/\*", sound),
        (put("x/.DS_Store"), X), ([image("x/one/a.png", photo()), put("x/readme.md")], X, "one/",
@@ -188,10 +188,8 @@ hd("train with --no-boundary", (r"(--no-boundary) \(and (--pool label)", "{line}
    (gone("data/test_inst"), T, "--data data", "instance"))
 hd("has no label maps with objects", (r"(--features 0)",), (photos(64, "train", "test"), X,
    "--data x"))
-faults("no {} of the same name", lambda *_: gone("data/*/*\n*")(), (image(
-       "data/train_label/new\nline.png", ids()), T, r"new\nline.png"))
 faults("no {} of the same name", again, (gone("data/train_img/4.png"), T, "data/train_label/4.png",
-       "image", "1 of 5"), (gone("data/test_img/1.png"), T, "data/test_label/1.png", "image"))
+       "image", "1 of 5"), (image("data/test_label/a\nb.png", ids()), T, r"test_label/a\nb.png"))
 faults("no {} of the same name", again, (gone("data/train_inst/1.png"), T,
        "data/train_label/1.png"), only=WITH_INSTANCES)
 for cure in (lambda path: Path(path).unlink(), lambda path: Path(path).rename("data/new.png")):
