@@ -327,17 +327,16 @@ PRESETS = {
     # see brightness and colour (`unit`); the mask and the sharpness loss are as gentle as V1's;
     # batches of two give averages that are too rough for testing. A random VGG serves V2 better
     # here than the small one, whose outputs have coloured fringes; V1 is the other way round.
-    "toy": dict(size=(64, 128), limit=200, width=8, ups=4, first="label", d_norm="spectral",
+    "toy": dict(size=(64, 128), limit=600, width=8, ups=4, first="label", d_norm="spectral",
                 gain=1.0, T=2.0, ramp=True, test_norm="image", vgg="random", lr=5e-4, batch_size=2,
-                epochs=12),
+                epochs=4),
     # With so few steps V1 needs more help: also the hinge loss, a smaller lambda_4, and `short`.
-    "toy-V1": dict(version="V1", size=(64, 128), limit=200, width=8, ups=5, gain=1.0, short=True,
-                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small",
-                   batch_size=2, epochs=12),
+    "toy-V1": dict(version="V1", size=(64, 128), limit=400, width=8, ups=5, gain=1.0, short=True,
+                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small", epochs=6),
 }
 # Ours, too: the same for half an hour, and for three quarters.
 PRESETS["streets"] = PRESETS["toy"] | dict(limit=400, epochs=12)
-PRESETS["streets-V1"] = PRESETS["toy-V1"] | dict(limit=400, epochs=20)
+PRESETS["streets-V1"] = PRESETS["toy-V1"] | dict(batch_size=2, epochs=20)
 # The rows of Tables 1 and 2, each with what it adds to the row above it. Both begin with SPADE and
 # end with the full method. The paper does not say which D the rows before HPD have; it is SPADE's
 # here: in V1 on the image alone, in A_u on X_3 and its half, in B_u to D_u one for each X_i; in V2
