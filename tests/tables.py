@@ -82,7 +82,7 @@ TABLES = {
         "without": ("--epochs 4 --lr-drop 3", None),
         "with": ("--epochs 4 --lr-drop 3 --rebalance both", None)}),
     "lab2pix-1": of("lab2pix", "FID", ("IoU", "sharp", "colours"), LAB2PIX + (
-        " --vgg random --version V1"), {
+        " --vgg random --version V1 --batch-size 2"), {
         row: (f"--ablation {row}", fid) for row, fid in zip(
             ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
             (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=True),
