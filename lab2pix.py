@@ -332,7 +332,7 @@ PRESETS = {
                 epochs=4),
     # With so few steps V1 needs more help: also the hinge loss, a smaller lambda_4, and `short`.
     "toy-V1": dict(version="V1", size=(64, 128), limit=400, width=8, ups=5, gain=1.0, short=True,
-                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small", epochs=6),
+                   d_norm="spectral", gan="hinge", lambda_4=3.0, lr=4e-4, vgg="small", epochs=8),
 }
 # Ours, too: the same for half an hour, and for three quarters.
 PRESETS["streets"] = PRESETS["toy"] | dict(limit=400, epochs=12)
