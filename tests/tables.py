@@ -59,9 +59,8 @@ TABLES = {
         "encoder-decoder, L1+cGAN": ("--generator encoder-decoder", .29),
         "U-Net, L1": ("--loss L1", .48), "U-Net, L1+cGAN": ("", .55)}),
     "pix2pix-3": of("pix2pix", "pixel acc", ("pixel acc", *SEEN), PIX2PIX, {
-        # 2, 25, 53 and 109 % of the side; the paper's with 0, 27 and 112 % beside them
         "1 x 1": ("--patch 1", .39), "16 x 16": ("", .66), "34 x 34": ("--patch 34", None),
-        "70 x 70": ("--patch 70", .42)}),
+        "70 x 70": ("--patch 70", .42)}),       # these see 2, 25, 53 and 109 % of the side
     "pix2pix-6": of("pix2pix", "per-pixel acc", ("per-pixel acc", "class IOU"), PIX2PIX + (
         " --task photo2labels"), {
         "L1": ("--loss L1", .86), "cGAN": ("--loss cGAN", .74), "L1+cGAN": ("", .83)}),
@@ -75,6 +74,8 @@ TABLES = {
         "U-Net": ("--rival unet", .391), "CRN": ("--rival crn", .399), "G1": ("", .639)}),
     "pix2pixhd-boundary": of("pix2pixhd", "preferred %", ("apart", *SEEN), HD, {      # of cars
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
+    "pix2pixhd-coarse": of("pix2pixhd", "", SEEN, "--preset toy", {    # in equal time; Sec. 3.2
+        "G1 alone": ("--enhancers 0 --epochs 5", None), "G1, then G2": ("", None)}),
     "imle-1": of("crn_imle", "variance", ("variance", "colours", "times", "Frechet"), IMLE, {
         "CRN": ("--model crn --epochs 4 --lr-drop 3", 2.87),
         "IMLE": ("--epochs 4 --lr-drop 3", 3.42)}),
@@ -83,13 +84,13 @@ TABLES = {
         "with": ("--epochs 4 --lr-drop 3 --rebalance both", None)}),
     "lab2pix-1": of("lab2pix", "FID", ("IoU", "sharp", "colours"), LAB2PIX + (
         " --vgg random --version V1 --batch-size 2"), {
-        row: (f"--ablation {row}", fid) for row, fid in zip(
-            ("A_u", "B_u", "C_u", "D_u", "E_u", "F_u", "G_u", "H_u"),
-            (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=True),
+        f"{row}_u": (f"--ablation {row}_u", fid) for row, fid in zip(
+            "ABCDEFGH", (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=True),
     "lab2pix-2": of("lab2pix", "FID", ("Frechet", "sharp", "colours", "small"), LAB2PIX, {
-        row: (f"--ablation {row}", fid) for row, fid in zip(
-            ("A_s", "B_s", "C_s", "D_s", "E_s"), (57.4, 49.2, 48.0, 46.0, 45.5))},
-        lower=True),
+        f"{row}_s": (f"--ablation {row}_s", fid) for row, fid in zip(
+            "ABCDE", (57.4, 49.2, 48.0, 46.0, 45.5))}, lower=True),
+    "lab2pix-S": of("lab2pix", "", ("IoU", *SEEN), LAB2PIX + " --version V1", {    # Eq. (19)
+        "without": ("--lambda-4 0", None), "with": ("", None)}),
 }
 LESS = {"colours", "Frechet"}                   # 0 is right; below it is by chance
 ONE = {"sharp", "variance", "times", "snow", "apart"}   # 1 is right
@@ -228,8 +229,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="TABLE", help="none: all")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--seeds", type=int, default=3, help="runs per row (3)")
-    parser.add_argument("--half", action="store_true",
-                        help="compare with the same at half the epochs, trained, too")
+    parser.add_argument("--half", action="store_true", help="train each half as long, too")
     parser.add_argument("--out", default="runs/tables", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
