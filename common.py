@@ -51,6 +51,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -1004,11 +1005,10 @@ class Dataset(torch.utils.data.Dataset):
         kinds = {"A": {"A", "pair"}, "image": {"image", "B", "pair"}}.get(role, {role, None})
         if role and not kinds & self.roles:
             layout = next(one for one in (self.layout, *LAYOUTS[1:]) if kinds & one.roles.keys())
-            places = [glob.replace("{}", name) for glob in layout.roles.values() for name in (
-                layout.train if self.split == "train" else layout.test)]
+            places = ", ".join(layout.roles.values()).replace("{}", getattr(layout, self.split)[0])
             raise UserError(f"--data {self.data}: {role} files are needed, its {self.split} split "
                             f"has only {', '.join(sorted(self.roles))}; "
-                            + (cure or f"lay them out as {', '.join(places)}"))
+                            + (cure or f"lay them out as {places}"))
         return self
 
     def find_example(self, name: str) -> dict[str, Tensor | str]:
@@ -1427,10 +1427,7 @@ def check_data(datasets: list[Dataset], out: Path) -> None:
             path = writable("--out", out / f"contact_{dataset.split}.png", dataset.reads)
             save_images(torch.stack(tiles), path, nrow=4)
             print(f"    contact sheet: {path}")
-    for error in bad[:20]:
-        print(f"    BAD {error}")
-    if bad:
-        raise UserError(f"--data {datasets[0].data}: {len(bad)} bad file(s), listed above")
+    refuse_all(bad)
 
 
 def trace_step(nets: dict[str, nn.Module | None], step: Callable[[], dict]) -> None:
@@ -2490,19 +2487,12 @@ def load_file(path: Path, cure: str) -> dict:
     return stored
 
 
-def finite(part) -> bool:
-    """Whether all tensors of a state dict, however nested, are finite numbers."""
-    if isinstance(part, dict):
-        return all(map(finite, part.values()))
-    return not torch.is_tensor(part) or bool(part.isfinite().all())
-
-
 def save_file(content: dict, path: Path) -> None:
     """Write beside, flush, rename: at any moment `path` is the old file or the new, whole.
 
     Numbers that are nan or infinite replace no good ones.
     """
-    if not finite(content):
+    if not all(part.isfinite().all() for part in tree_leaves(content) if torch.is_tensor(part)):
         raise UserError(f"{path}: not saved, since weights are nan or infinite; the last good one "
                         "is kept. Try a smaller --lr anew, not with --resume")
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -74,8 +74,6 @@ TABLES = {
         "U-Net": ("--rival unet", .391), "CRN": ("--rival crn", .399), "G1": ("", .639)}),
     "pix2pixhd-boundary": of("pix2pixhd", "preferred %", ("apart", *SEEN), HD, {      # of cars
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
-    "pix2pixhd-coarse": of("pix2pixhd", "", SEEN, "--preset toy", {    # in equal time; Sec. 3.2
-        "G1 alone": ("--enhancers 0 --epochs 5", None), "G1, then G2": ("", None)}),
     "imle-1": of("crn_imle", "variance", ("variance", "colours", "times", "Frechet"), IMLE, {
         "CRN": ("--model crn --epochs 4 --lr-drop 3", 2.87),
         "IMLE": ("--epochs 4 --lr-drop 3", 3.42)}),
@@ -89,8 +87,6 @@ TABLES = {
     "lab2pix-2": of("lab2pix", "FID", ("Frechet", "sharp", "colours", "small"), LAB2PIX, {
         f"{row}_s": (f"--ablation {row}_s", fid) for row, fid in zip(
             "ABCDE", (57.4, 49.2, 48.0, 46.0, 45.5))}, lower=True),
-    "lab2pix-S": of("lab2pix", "", ("IoU", *SEEN), LAB2PIX + " --version V1", {    # Eq. (19)
-        "without": ("--lambda-4 0", None), "with": ("", None)}),
 }
 LESS = {"colours", "Frechet"}                   # 0 is right; below it is by chance
 ONE = {"sharp", "variance", "times", "snow", "apart"}   # 1 is right

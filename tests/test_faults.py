@@ -220,8 +220,8 @@ for content in BROKEN.values():
         faults("save it as PNG, or download it again|a part of it would be lost; save as", (
             FILE, as_png), (put(f"data/train_{kind}/0.png", content), T,
                             f"data/train_{kind}/0.png"), only=only)
-faults("bad file(s), listed above", (r"BAD (\S+): ", as_png), (put("data/train_img/4.png",
-       BROKEN["half a PNG"]), C, "--data data"))
+faults("save it as PNG, or download it again", (FILE, as_png), (put("data/train_img/4.png",
+       BROKEN["half a PNG"]), C, "data/train_img/4.png"))
 faults("a part of it would be lost; save as", (FILE, as_png), ([gone("data/train_img/0.png"),
        put("data/train_img/0.jpg", encoded("JPEG", "CMYK"))], T, "data/train_img/0.jpg"))
 faults("more than 8 bit per pixel", (FILE, as_png), (image("data/train_img/0.png",
@@ -512,7 +512,7 @@ ELSEWHERE = {
     "data process was ended from outside": "test_a_killed_data_process_is_one_line",
     "not saved, since weights are nan": "test_nan_is_never_saved",
     ": stopped; the last good checkpoint": "test_nan_is_never_saved",
-    "cannot be written ({}); the last good": "test_a_disk_that_is_full_half_way"}
+    "cannot be written ({}); what was saved": "test_a_disk_that_is_full_half_way"}
 NO_CURE = ("{}", "bad files){}", "has no {} files",
            "of another size than when the run began")
 
