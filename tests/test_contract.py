@@ -40,7 +40,7 @@ quick_first = pytest.mark.parametrize("row", [
 # -------------------------------------------------------------------------------- What a script is
 
 # Lines of code: today's numbers. The design's goal: 620, 940, 860, 1000, and 1380 in common.py.
-LINES = {"pix2pix": 687, "pix2pixhd": 997, "crn_imle": 907, "lab2pix": 1171, "common": 1805}
+LINES = {"pix2pix": 687, "pix2pixhd": 997, "crn_imle": 907, "lab2pix": 1170, "common": 1805}
 SETTINGS = {"pix2pix": 35, "pix2pixhd": 44, "crn_imle": 42, "lab2pix": 51}
 ROOMS = ["1 Config", "2 Networks", "3 Losses", "4 Training", "5 Sampling", "6 Evaluation",
          "7 The run", "8 Command line and the authors' files"]
