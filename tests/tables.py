@@ -49,7 +49,7 @@ PIX2PIX = ("--preset toy --size 64 64 --patch 16 --generator unet --limit 400 --
 HD = ("--preset toy --size 64 64 --enhancers 0 --scales 3 --features 0 --width 16 --layers 1 2 2 "
       "--d-width 16 --lr 4e-4 --loss GAN+FM --lambda-fm 10 --epochs 6 --no-smooth --vgg small")
 IMLE = "--preset toy"
-LAB2PIX = "--preset toy --size 64 64 --width 8 --limit 200 --epochs 8"
+LAB2PIX = "--preset toy --size 64 64 --width 8 --limit 200 --epochs 8 --vgg random"
 TABLES = {
     "pix2pix-1": of("pix2pix", "pixel acc", ("pixel acc", *SEEN), PIX2PIX, {
         "L1": ("--loss L1", .42), "GAN": ("--loss GAN", .22), "cGAN": ("--loss cGAN", .57),
@@ -74,6 +74,8 @@ TABLES = {
         "U-Net": ("--rival unet", .391), "CRN": ("--rival crn", .399), "G1": ("", .639)}),
     "pix2pixhd-boundary": of("pix2pixhd", "preferred %", ("apart", *SEEN), HD, {      # of cars
         "without": ("--no-boundary", 35.7), "with": ("", 64.3)}),
+    "pix2pixhd-coarse": of("pix2pixhd", "", SEEN, "--preset toy", {      # Sec. 3.2, in equal time
+        "G1 alone": ("--enhancers 0 --epochs 4", None), "G1, then G2": ("", None)}),
     "imle-1": of("crn_imle", "variance", ("variance", "colours", "times", "Frechet"), IMLE, {
         "CRN": ("--model crn --epochs 4 --lr-drop 3", 2.87),
         "IMLE": ("--epochs 4 --lr-drop 3", 3.42)}),
@@ -81,12 +83,15 @@ TABLES = {
         "without": ("--epochs 4 --lr-drop 3", None),
         "with": ("--epochs 4 --lr-drop 3 --rebalance both", None)}),
     "lab2pix-1": of("lab2pix", "FID", ("IoU", "sharp", "colours"), LAB2PIX + (
-        " --vgg random --version V1 --batch-size 2"), {
+        " --version V1 --batch-size 2"), {
         f"{row}_u": (f"--ablation {row}_u", fid) for row, fid in zip(
             "ABCDEFGH", (133, 118, 83.5, 83.4, 76.0, 67.9, 65.0, 67.4))}, lower=True),
-    "lab2pix-2": of("lab2pix", "FID", ("Frechet", "sharp", "colours", "small"), LAB2PIX, {
+    "lab2pix-2": of("lab2pix", "FID", ("Frechet", "sharp", "colours", "small"), LAB2PIX + (
+        " --no-short"), {
         f"{row}_s": (f"--ablation {row}_s", fid) for row, fid in zip(
             "ABCDE", (57.4, 49.2, 48.0, 46.0, 45.5))}, lower=True),
+    "lab2pix-V1": of("lab2pix", "", ("IoU", *SEEN), "--preset toy --version V1", {
+        "no S": ("--lambda-4 0", None), "no LSCA": ("--no-lsca", None), "V1": ("", None)}),
 }
 LESS = {"colours", "Frechet"}                   # 0 is right; below it is by chance
 ONE = {"sharp", "variance", "times", "snow", "apart"}   # 1 is right

@@ -473,7 +473,7 @@ crn("needs layouts of one size", (r"give (--size) H W", "{line} {0} 32 32"), ([i
 crn("video drives a car of", ("(--input)$", "{line} {0} data/test_label"), f"video {RUN}")
 crn("each photo is of one colour", again, ([image(f"data/train_img/{i}.png", 0 * photo())
     for i in range(5)], T, "--data data"))
-lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --short")
+lab("{}: not in --version {}", (r"not in (--version) V2", "{line} {0} V1"), f"{C} --pg")
 lab("{}: not in --version {}", (r"not in (--version) V1", "{line} {0} V2"),
     f"{C} --version V1 --first label")
 lab("--task sketch: for --version V1", ("for (--version V1), with (--T 1)", "{line} {0} {1}"),
