@@ -1087,9 +1087,9 @@ def perceptual_loss(fake: list[dict], real: list[dict], weights: tuple = LAMBDA_
     """Eq. (28), L_v2_5: sum over scales and layers of lambda_Ml || Phi_l(X_i) - Phi_l(Y_i) ||_1.
 
     The printed weights count on layers that know objects. A random VGG's know the less the deeper
-    they are: after ten steps of toy, the gradient of relu5_1 pointed nowhere (its cosine with the
-    gradient of a pixel-wise L1 was -0.03, that of relu1_1 0.67). So, ours: with --vgg random the
-    weights are taken in reverse.
+    they are: after ten steps on the streets, the gradient of relu5_1 pointed nowhere (its cosine
+    with the gradient of a pixel-wise L1 was -0.03, that of relu1_1 0.67). So, ours: with --vgg
+    random the weights are taken in reverse.
     """
     return sum(weight * (x[name] - y[name]).abs().mean()
                for x, y in zip(fake, real) for name, weight in zip(VGG_LAYERS, weights))
